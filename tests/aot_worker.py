@@ -1,0 +1,85 @@
+"""Compile what the package launches, without a GPU: `python aot_worker.py OUT`, run by test_aot.py.
+
+A process of its own, because Triton decides at import whether its functions are interpreted. The launchers run on CPU
+tensors under a driver that names a GPU and has none; each launch stops after the compilation, which the JIT itself
+derives from the arguments, as on that GPU. OUT becomes a JSON list, an object per kernel.
+"""
+
+import json
+import sys
+
+import torch
+from kernels import get_kernel
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+
+class TargetOnly:
+    """What the JIT asks of a driver before it launches."""
+
+    def __init__(self, number, target):
+        # The JIT keeps the kernels of each device apart: a target is a device of its own.
+        self.get_current_device = lambda: number
+        self.get_current_stream = lambda device: 0
+        self.get_current_target = lambda: target
+
+
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+# The first is compiled; the others differ in their factors of 16, in being 1, and in the bits that hold a feature.
+SIZES = ((64, 256), (63, 256), (1, 256), (64, 255), (48, 1), (1000, 512), (64, 2**16 + 1))
+
+
+def launch_everything(ops, dtype, B, F):
+    """Every launch of a training step, with both forms of the hierarchical gradient where a dtype has both."""
+    K, D = 32, 512
+    accumulation = torch.promote_types(dtype, torch.float32)
+    indices = torch.arange(B * K).view(B, K) % F
+    weight, target = torch.empty(F, D, dtype=dtype), torch.empty(B, D, dtype=dtype)
+    vals, bias = torch.empty(B, K, dtype=dtype), torch.empty(D, dtype=dtype)
+    scale, state = torch.empty((), dtype=accumulation), torch.empty(B, D, dtype=accumulation)
+    shares = torch.empty(8, B, dtype=accumulation)
+    for needs_grad in (True, False):
+        ops.topk_forward(indices, weight, vals, bias, target, needs_grad)
+        ops.hierarchical_forward(indices, weight, vals, bias, target, needs_grad)
+    ops.topk_backward(scale, state, indices, weight, vals, True, True)
+    for deterministic in (False, True):
+        torch.use_deterministic_algorithms(deterministic)
+        ops.hierarchical_backward(scale, state, shares, indices, weight, vals, bias, target, True, True)
+    torch.use_deterministic_algorithms(False)
+
+
+def main(out):
+    ops = get_kernel("t-tech/flex-sae", version=1, trust_remote_code=True)._ops.ops
+    compiled = []
+    run = JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        if all(kernel is not known for known, *_ in compiled):
+            compiled.append((kernel, {"kernel": self.fn.__name__, "atomic": kwargs.get("ATOMIC", False), **step}))
+
+    JITFunction.run = compile_only
+    for number, (name, target) in enumerate(TARGETS.items()):
+        driver.set_active(TargetOnly(number, target))
+        for dtype in DTYPES:
+            for B, F in SIZES:
+                step = {"target": name, "dtype": str(dtype).removeprefix("torch."), "B": B, "F": F}
+                launch_everything(ops, dtype, B, F)
+    kernels = []
+    for kernel, facts in compiled:
+        assembly = kernel.asm["amdgcn" if facts["target"].startswith("gfx") else "sass"]
+        kernels.append({**facts, "assembly": assembly})
+    with open(out, "w") as file:
+        json.dump(kernels, file)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

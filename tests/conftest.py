@@ -1,0 +1,52 @@
+"""The package under test is a real build, loaded the way users load it: through `kernels.get_kernel`."""
+
+import os
+
+import torch
+
+# Triton decides at import whether its functions are compiled or interpreted.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import hypothesis
+import pytest
+from build_local import build
+from kernels import get_kernel
+
+REPO_ID = "t-tech/flex-sae"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+# The interpreter runs a kernel thousands of times slower than a GPU: few examples, and always the same ones, so that
+# CI is repeatable. On a GPU every run looks at new ones. No deadline: the first example of a dtype pays for compiling.
+hypothesis.settings.register_profile(
+    "interpreter", max_examples=40, derandomize=True, database=None, deadline=None, print_blob=True
+)
+hypothesis.settings.register_profile("cuda", max_examples=30, deadline=None, print_blob=True)
+hypothesis.settings.load_profile("interpreter" if INTERPRETED else "cuda")
+
+
+# Tensors are tiny: threads would only wait for each other, longer than the work takes on a busy machine.
+if INTERPRETED:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def flex(tmp_path_factory):
+    """The package, from a fresh local build, or from the build that LOCAL_KERNELS already names for it."""
+    if f"{REPO_ID}=" not in os.environ.get("LOCAL_KERNELS", ""):
+        out = tmp_path_factory.mktemp("flex-sae") / "build"
+        build(out)
+        os.environ["LOCAL_KERNELS"] = f"{REPO_ID}={out}"
+    return get_kernel(REPO_ID, version=1, trust_remote_code=True)
+
+
+@pytest.fixture(scope="session")
+def device():
+    """Where tensors live: "cuda", or "cpu" under the interpreter."""
+    return "cpu" if INTERPRETED else "cuda"
+
+
+@pytest.fixture(scope="session")
+def interpreted():
+    """Whether the kernels run in Triton's interpreter: sizes must be small, bfloat16 is not rounded."""
+    return INTERPRETED

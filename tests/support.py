@@ -1,0 +1,257 @@
+"""What the tests compare with: problems, a float64 truth, and the error that a right kernel may make.
+
+The truth is written from the formulas, apart from the package's own references, one step of the K axis at a time.
+
+The budget is that of the standard model of floating point. A sum of products whose terms pass through at most `n`
+roundings of unit `u` each errs by at most `n * u * magnitude` to first order, `magnitude` being the same formula with
+every term replaced by its absolute value. Evaluating the truth at absolute inputs, with every minus turned into a plus,
+gives exactly that magnitude, element by element. For long sums `n` becomes `4 * sqrt(n)`: the errors of n roundings,
+uniform in +-u, add up to a standard deviation of `u * sqrt(n / 3)`, so this is seven of them, and no less than a sum in
+sqrt(n) blocks can lose at worst. On top comes one rounding to the dtype of the result.
+"""
+
+import contextlib
+import math
+import os
+from typing import NamedTuple
+
+import pytest
+import torch
+
+LOSSES = ("topk", "hierarchical")
+PATTERNS = ("uniform", "all_same", "duplicates", "one_hot_feature", "sorted")
+LAYOUTS = ("contiguous", "padded", "every_other_row", "every_other_column", "transposed")
+# conftest.py, imported first, has settled this
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+# The interpreter truncates to bfloat16 where a GPU rounds.
+DTYPES = (torch.float32, torch.float64, torch.float16) + (() if INTERPRETED else (torch.bfloat16,))
+
+needs_cuda = pytest.mark.skipif(INTERPRETED, reason="needs a CUDA device")
+
+
+class Problem(NamedTuple):
+    indices: torch.Tensor  # [B, K]
+    weight: torch.Tensor  # [F, D]
+    vals: torch.Tensor  # [B, K]
+    bias: torch.Tensor  # [D]
+    target: torch.Tensor  # [B, D]
+
+
+class Result(NamedTuple):
+    """A loss and its gradients, or one number or tensor about each of them."""
+
+    loss: object
+    weight: object
+    vals: object
+    bias: object
+    target: object
+
+
+def make_indices(pattern, B, K, F, generator):
+    device = generator.device
+    uniform = torch.randint(F, (B, K), generator=generator, device=device)
+    if pattern == "all_same":
+        return torch.full_like(uniform, F - 1)
+    if pattern == "duplicates":  # the second half of a row repeats the first
+        return uniform[:, torch.arange(K, device=device) // 2]
+    if pattern == "one_hot_feature":  # one feature holds half of all pairs, the others stay light
+        uniform[:, ::2] = F // 2
+    if pattern == "sorted":
+        return uniform.sort(dim=1).values
+    return uniform
+
+
+def make_problem(
+    B, K, F, D, *, device, pattern="uniform", dtypes=torch.float32, index_dtype=torch.int64, scale=1.0, seed=0
+):
+    """Unit-variance target and rows of `weight` of about unit length; `vals` of both signs, every fifth one zero.
+
+    `dtypes` is one dtype, or one for each of weight, vals, bias, target.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+    weight_dtype, vals_dtype, bias_dtype, target_dtype = dtypes if isinstance(dtypes, tuple) else (dtypes,) * 4
+
+    def normal(dtype, *shape):
+        # 16-bit normals straight from the generator, float64 ones with all their digits
+        return torch.randn(shape, generator=generator, device=device, dtype=dtype)
+
+    vals = normal(vals_dtype, B, K) * scale
+    vals.view(-1)[4::5] = 0
+    return Problem(
+        indices=make_indices(pattern, B, K, F, generator).to(index_dtype),
+        weight=normal(weight_dtype, F, D).mul_(D**-0.5),
+        vals=vals,
+        bias=normal(bias_dtype, D),
+        target=normal(target_dtype, B, D),
+    )
+
+
+def laid_out(tensor, layout):
+    """The same values behind other strides; what lies between them is poison (NaN, or an index out of range)."""
+    if tensor.dim() == 1:
+        return laid_out(tensor[None], layout)[0]
+    if layout == "contiguous":
+        return tensor
+    if layout == "transposed":
+        return tensor.t().contiguous().t()
+    rows, columns = tensor.shape
+    poison = float("nan") if tensor.is_floating_point() else -1
+    if layout == "padded":  # unit stride, but no row starts at an aligned address
+        view = tensor.new_full((rows, columns + 3), poison)[:, 1 : columns + 1]
+    elif layout == "every_other_row":
+        view = tensor.new_full((2 * rows, columns), poison)[::2]
+    else:
+        view = tensor.new_full((rows, 2 * columns), poison)[:, ::2]
+    return view.copy_(tensor)
+
+
+def run(loss_function, problem, grad_out=None):
+    """The loss and its four gradients; leaves keep the strides of the problem."""
+    leaves = [tensor.detach().requires_grad_() for tensor in problem[1:]]
+    loss = loss_function(problem.indices, *leaves)
+    return Result(loss.detach(), *torch.autograd.grad(loss, leaves, grad_out))
+
+
+@contextlib.contextmanager
+def deterministic_algorithms(enabled=True):
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(enabled)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def triton_loss(flex, kind):
+    return getattr(flex, f"triton_{kind}_sae_loss")
+
+
+def reference_loss(flex, kind):
+    return getattr(flex, f"{kind}_sae_loss")
+
+
+def truth(kind, problem, grad_out=1.0):
+    """Loss and gradients in float64."""
+    doubles = Problem(problem.indices.long(), *(tensor.double() for tensor in problem[1:]))
+    return _FORMULAS[kind](doubles, grad_out, minus=-1.0)
+
+
+def magnitude(kind, problem, grad_out=1.0):
+    """The truth with every term replaced by its absolute value."""
+    absolutes = Problem(problem.indices.long(), *(tensor.double().abs() for tensor in problem[1:]))
+    return _FORMULAS[kind](absolutes, abs(grad_out), minus=1.0)
+
+
+def _topk(problem, grad_out, minus):
+    indices, weight, vals, bias, target = problem
+    residual = bias + minus * target
+    for step in range(indices.shape[1]):
+        residual = residual + vals[:, step, None] * weight[indices[:, step]]
+    grad = residual * (2 * grad_out / max(target.numel(), 1))
+    d_weight, d_vals = torch.zeros_like(weight), torch.zeros_like(vals)
+    for step in range(indices.shape[1]):
+        d_weight.index_add_(0, indices[:, step], vals[:, step, None] * grad)
+        d_vals[:, step] = (weight[indices[:, step]] * grad).sum(1)
+    return Result(residual.square().mean(), d_weight, d_vals, grad.sum(0), minus * grad)
+
+
+def _hierarchical(problem, grad_out, minus):
+    indices, weight, vals, bias, target = problem
+    K = indices.shape[1]
+    residual = bias + minus * target
+    suffix = torch.zeros_like(target)
+    loss = 0.0
+    for step in range(K):
+        residual = residual + vals[:, step, None] * weight[indices[:, step]]
+        suffix = suffix + residual
+        loss = loss + residual.square().mean() / K
+    factor = 2 * grad_out / max(K * target.numel(), 1)
+    d_bias, d_target = factor * suffix.sum(0), minus * factor * suffix
+    d_weight, d_vals = torch.zeros_like(weight), torch.zeros_like(vals)
+    residual = bias + minus * target
+    for step in range(K):
+        row, value = weight[indices[:, step]], vals[:, step, None]
+        d_weight.index_add_(0, indices[:, step], factor * value * suffix)
+        d_vals[:, step] = factor * (row * suffix).sum(1)
+        residual = residual + value * row
+        suffix = suffix + minus * residual
+    return Result(loss, d_weight, d_vals, d_bias, d_target)
+
+
+_FORMULAS = {"topk": _topk, "hierarchical": _hierarchical}
+
+
+def accumulation_dtype(problem):
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in problem[1:]) else torch.float32
+
+
+def result_dtypes(problem):
+    return Result(accumulation_dtype(problem), *(tensor.dtype for tensor in problem[1:]))
+
+
+def budget(kind, problem, expected, grad_out=1.0):
+    """How far each element of a right result may lie from `expected`, the truth."""
+    (B, K), D = problem.indices.shape, problem.weight.shape[1]
+    most_pairs = int(torch.bincount(problem.indices.flatten().long(), minlength=1).max())  # of one feature
+    residual = K + 2  # a product, K additions, the target
+    # In the hierarchical loss a residual then passes K additions into S_0 and K subtractions out of it.
+    suffix = residual + (2 * K if kind == "hierarchical" else 0)
+    squares = B * D * (K if kind == "hierarchical" else 1)
+    scalars = 6  # the products with v_i and grad_out, and 2 / (B D) with its own roundings
+    roundings = Result(2 * residual + squares, suffix + most_pairs, suffix + D, suffix + B, suffix)
+
+    accumulation = accumulation_dtype(problem)
+    # The truth rounds too, in float64.
+    unit = torch.finfo(accumulation).eps / 2 + torch.finfo(torch.float64).eps / 2
+
+    def allowed(n, size, value, dtype):
+        n += scalars
+        error = min(n, 4 * math.sqrt(n)) * unit * size + torch.finfo(accumulation).tiny
+        narrow = torch.finfo(dtype)
+        # A float64 sum may pass through float32 on its way to 16 bits; below the normal range a rounding is absolute.
+        store = narrow.eps / 2 + (torch.finfo(torch.float32).eps if dtype.itemsize == 2 else 0)
+        return error + store * (value.abs() + error) + narrow.tiny * narrow.eps / 2
+
+    sizes = magnitude(kind, problem, grad_out)
+    result = Result(*map(allowed, roundings, sizes, expected, result_dtypes(problem)))
+    if kind == "hierarchical" and problem.weight.dtype == torch.bfloat16 and accumulation == torch.float32:
+        # The terms of such a gradient of weight pass through float16.
+        result = result._replace(weight=result.weight + torch.finfo(torch.float16).eps / 2 * sizes.weight)
+    return result
+
+
+def errors_over_budget(kind, problem, result, grad_out=1.0):
+    """The worst error of the loss and of each gradient, in units of its budget: a right result stays at or below 1."""
+    expected = truth(kind, problem, grad_out)
+
+    def worst(value, true, tolerance):
+        ratio = (value.double() - true).abs() / tolerance
+        # Where the truth overflows the dtype of the result, an infinity of its sign is the right answer.
+        ratio = torch.where(value == true.to(value.dtype), 0.0, ratio)
+        return ratio.nan_to_num(nan=math.inf).max().item() if ratio.numel() else 0.0
+
+    return Result(*map(worst, result, expected, budget(kind, problem, expected, grad_out)))
+
+
+def assert_right(kind, problem, result, grad_out=1.0):
+    """Shapes, dtypes, and every element of the loss and the gradients within the budget."""
+    assert result.loss.shape == ()
+    for name, value, given in zip(Result._fields[1:], result[1:], problem[1:], strict=True):
+        assert value.shape == given.shape, f"d {name} of the {kind} loss has shape {tuple(value.shape)}"
+    assert tuple(value.dtype for value in result) == tuple(result_dtypes(problem))
+    for name, error in errors_over_budget(kind, problem, result, grad_out)._asdict().items():
+        assert error <= 1, f"{kind} {name}: {error:.3g} times the error budget"
+
+
+def assert_agree(kind, problem, result, other):
+    """Two computations of the same problem, each of which may err by one budget."""
+    allowed = budget(kind, problem, truth(kind, problem))
+    for name, left, right, tolerance in zip(Result._fields, result, other, allowed, strict=True):
+        error = ((left.double() - right.double()).abs() / tolerance).max().item()
+        assert error <= 2, f"{kind} {name}: the two differ by {error:.3g} times the error budget"
+
+
+def relative_error(value, expected):
+    """Frobenius norm of the error relative to that of the truth."""
+    return (torch.linalg.vector_norm(value.double() - expected) / torch.linalg.vector_norm(expected)).item()

@@ -1,0 +1,107 @@
+"""What the compiler makes of the kernels for GPUs that this machine need not have."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CUDA_TARGETS = ("sm_80", "sm_90", "sm_100")
+TARGETS = (*CUDA_TARGETS, "gfx942")
+
+
+@pytest.fixture(scope="module")
+def compiled(flex, tmp_path_factory):  # flex has built the package and set LOCAL_KERNELS
+    folder = tmp_path_factory.mktemp("aot")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(folder / "cache")
+    command = [sys.executable, str(Path(__file__).with_name("aot_worker.py")), str(folder / "kernels.json")]
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    return json.loads((folder / "kernels.json").read_text())
+
+
+def of(compiled, **facts):
+    kernels = [k for k in compiled if all(k[name] == value for name, value in facts.items())]
+    assert kernels, f"nothing compiled with {facts}"
+    return kernels
+
+
+def count(kernel, pattern):
+    return len(re.findall(pattern, kernel["assembly"]))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_kernel_compiles_without_a_gpu(compiled, target):
+    assert {kernel["kernel"] for kernel in of(compiled, target=target)} == {
+        "_topk_forward_kernel",
+        "_hierarchical_forward_kernel",
+        "_hierarchical_backward_kernel",
+        "_gather_pairs_kernel",
+        "_sum_pairs_kernel",
+        "_sum_pieces_kernel",
+        "_scatter_dots_kernel",
+    }
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_hierarchical_gradient_compiles_in_both_forms(compiled, target):
+    forms = {
+        (kernel["dtype"], "atomic" if kernel["atomic"] else "ordered")
+        for kernel in of(compiled, target=target, kernel="_hierarchical_backward_kernel")
+    }
+    # Atomic additions would round a 16-bit gradient again and again.
+    ordered = {(dtype, "ordered") for dtype in ("float32", "float64", "float16", "bfloat16")}
+    assert forms == ordered | {("float32", "atomic"), ("float64", "atomic")}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_no_register_spills_to_memory(compiled, target):
+    # SASS reaches local memory by STL and LDL alone. The AMD compiler counts for itself; its scalar registers spill to
+    # vector registers.
+    spill = r"\b(STL|LDL)\b" if target in CUDA_TARGETS else r"vgpr_spill_count:\s*[1-9]"
+    spilled = {(k["kernel"], k["dtype"], k["atomic"]): n for k in of(compiled, target=target) if (n := count(k, spill))}
+    assert not spilled, f"on {target}: {spilled}"
+
+
+@pytest.mark.parametrize("kernel", ["_topk_forward_kernel", "_sum_pairs_kernel", "_sum_pieces_kernel"])
+@pytest.mark.parametrize("target", TARGETS)
+def test_float32_rows_are_read_16_bytes_at_a_time(compiled, target, kernel):
+    wide = r"\bLDG\.E\.(\w+\.)*128\b" if target in CUDA_TARGETS else r"_load_dwordx4\b"
+    for variant in of(compiled, target=target, kernel=kernel, dtype="float32"):
+        assert count(variant, wide)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("target", CUDA_TARGETS)
+def test_a_lane_of_the_hierarchical_forward_reads_8_bytes_of_each_row(compiled, target, dtype):
+    for variant in of(compiled, target=target, kernel="_hierarchical_forward_kernel", dtype=dtype):
+        assert count(variant, r"\bLDG\.E\.(\w+\.)*64\b") >= 32  # the steps of a tile
+        assert not count(variant, r"\bLDG\.E\.(\w+\.)*128\b")
+
+
+@pytest.mark.parametrize("dtype, words", [("float32", 1), ("float64", 2), ("float16", 1), ("bfloat16", 1)])
+@pytest.mark.parametrize("target", CUDA_TARGETS)
+def test_the_scan_over_steps_stays_inside_a_thread(compiled, target, dtype, words):
+    for variant in of(compiled, target=target, kernel="_hierarchical_forward_kernel", dtype=dtype):
+        # One reduction over 32 lanes, that of the loss.
+        assert count(variant, r"\bSHFL\b") == 5 * words
+    for variant in of(compiled, target=target, kernel="_hierarchical_backward_kernel", dtype=dtype, atomic=False):
+        # SHFL.UP is what a scan across lanes compiles to; the dot products of d vals reduce by other shuffles.
+        assert not count(variant, r"\bSHFL\.UP\b")
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_only_the_atomic_hierarchical_gradient_uses_atomics(compiled, target):
+    atomics = r"\b(RED|REDG|ATOM|ATOMG)\." if target in CUDA_TARGETS else r"_atomic_"
+    for kernel in of(compiled, target=target):
+        assert bool(count(kernel, atomics)) == kernel["atomic"], kernel["kernel"]
+
+
+def test_other_batch_sizes_and_dictionaries_compile_nothing(compiled):
+    first = {name: compiled[0][name] for name in ("B", "F")}
+    again = {(k["kernel"], k["B"], k["F"]) for k in compiled if {"B": k["B"], "F": k["F"]} != first}
+    assert not again

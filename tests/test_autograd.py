@@ -1,0 +1,284 @@
+"""The losses as citizens of torch: autograd, torch.library, torch.compile, streams, graphs, determinism."""
+
+import pytest
+import torch
+from support import (
+    INTERPRETED,
+    LOSSES,
+    Result,
+    assert_agree,
+    assert_right,
+    deterministic_algorithms,
+    make_problem,
+    needs_cuda,
+    run,
+    triton_loss,
+)
+from torch._dynamo.testing import CompileCounterWithBackend
+from triton import knobs
+
+
+@pytest.mark.kernels_ci
+@pytest.mark.parametrize("kind", LOSSES)
+def test_gradcheck_in_float64(flex, device, kind):
+    problem = make_problem(2, 3, 4, 5, device=device, dtypes=torch.float64, pattern="duplicates")
+    leaves = [tensor.requires_grad_() for tensor in problem[1:]]
+    assert torch.autograd.gradcheck(lambda *inputs: triton_loss(flex, kind)(problem.indices, *inputs), leaves)
+
+
+# With the plain loss, grad_out is a constant: nothing but the refusal tells the penalty that its gradient is missing.
+@pytest.mark.parametrize("kind", LOSSES)
+@pytest.mark.parametrize("outer", [torch.Tensor.clone, torch.square], ids=["plain", "squared"])
+def test_a_second_derivative_is_refused(flex, device, kind, outer):
+    problem = make_problem(2, 3, 4, 5, device=device)
+    vals = problem.vals.requires_grad_()
+    loss = outer(triton_loss(flex, kind)(*problem))
+    with pytest.raises(RuntimeError, match=r"once_differentiable|second derivative"):
+        (gradient,) = torch.autograd.grad(loss, vals, create_graph=True)
+        (loss + gradient.square().sum()).backward()
+
+
+def saved_bytes(loss, problem):
+    """Bytes of the tensors that autograd keeps for the backward pass, the inputs themselves not counted."""
+    inputs = {tensor.data_ptr() for tensor in problem}
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        loss(*problem)
+    return sum(t.nbytes for t in kept if t.data_ptr() not in inputs)
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_a_training_step_keeps_one_tensor_the_size_of_target(flex, device, kind):
+    problem = make_problem(4, 3, 9, 33, device=device)
+    problem.weight.requires_grad_()
+    # The hierarchical loss also keeps its shares, of a sample and the 64 columns of a tile each.
+    shares = 4 * problem.target.element_size() if kind == "hierarchical" else 0
+    assert saved_bytes(triton_loss(flex, kind), problem) == problem.target.nbytes + shares
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=lambda mode: mode.__name__)
+def test_without_gradients_nothing_is_kept(flex, device, kind, mode):
+    problem = make_problem(4, 3, 9, 33, device=device)
+    problem.weight.requires_grad_()
+    with mode():
+        assert saved_bytes(triton_loss(flex, kind), problem) == 0
+        loss = triton_loss(flex, kind)(*problem)
+    assert not loss.requires_grad
+    problem.weight.requires_grad_(False)
+    assert saved_bytes(triton_loss(flex, kind), problem) == 0
+    assert_right(kind, problem, run(triton_loss(flex, kind), problem)._replace(loss=loss))
+
+
+@needs_cuda
+@pytest.mark.parametrize("kind", LOSSES)
+def test_without_gradients_no_state_is_written(flex, kind):
+    problem = make_problem(2048, 4, 1000, 512, device="cuda")
+    problem.weight.requires_grad_()
+    with torch.no_grad():
+        triton_loss(flex, kind)(*problem)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        triton_loss(flex, kind)(*problem)
+        assert torch.cuda.max_memory_allocated() - before < problem.target.nbytes / 2
+
+
+def op_arguments(device):
+    """Arguments for each of the ops, as the autograd Functions pass them."""
+    inputs = make_problem(3, 5, 7, 9, device=device, pattern="duplicates")
+    indices, weight, vals, _, target = inputs
+    scale, state = torch.tensor(0.1, device=device), torch.randn_like(target)
+    shares = torch.rand(1, 3, device=device)  # [tiles, B]
+    topk, hierarchical = (scale, state, indices, weight, vals), (scale, state, shares, *inputs)
+    for needs in (True, False):
+        yield "topk_forward", (*inputs, needs)
+        yield "hierarchical_forward", (*inputs, needs)
+    for needs in ((True, True), (True, False), (False, True)):
+        yield "topk_backward", (*topk, *needs)
+        yield "hierarchical_backward", (*hierarchical, *needs)
+
+
+@pytest.mark.parametrize("op", ["topk_forward", "topk_backward", "hierarchical_forward", "hierarchical_backward"])
+def test_ops_pass_opcheck(flex, device, op):
+    for name, arguments in op_arguments(device):
+        if name == op:
+            torch.library.opcheck(getattr(flex._ops.ops, op).default, arguments)
+
+
+# Inductor needs a C++ compiler on a CPU. The ops are the same to both: only what is around them gets compiled.
+BACKEND = "aot_eager" if INTERPRETED else "inductor"
+
+
+@pytest.fixture
+def fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_compiled_without_a_graph_break_equals_eager(flex, device, kind, fresh_dynamo):
+    problem = make_problem(4, 5, 9, 33, device=device)
+
+    def step(indices, weight, vals, bias, target):
+        return 2 * triton_loss(flex, kind)(indices, weight, vals.relu(), bias, target)
+
+    compiled = torch.compile(step, fullgraph=True, backend=BACKEND)
+    assert_agree(kind, problem, *(halved(run(function, problem)) for function in (compiled, step)))
+
+
+def halved(result):
+    return Result(*(value / 2 for value in result))
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_a_last_smaller_batch_is_not_traced_again(flex, device, kind, fresh_dynamo):
+    counter = CompileCounterWithBackend(BACKEND)
+    compiled = torch.compile(triton_loss(flex, kind), fullgraph=True, backend=counter)
+    for B in (8, 5, 3):
+        problem = make_problem(B, 5, 9, 33, device=device)
+        for name in ("indices", "vals", "target"):
+            torch._dynamo.mark_dynamic(getattr(problem, name), 0)
+        leaves = [t.requires_grad_() for t in problem[1:]]
+        loss = compiled(*problem)
+        gradients = torch.autograd.grad(loss, leaves)
+        detached = problem._replace(**{name: getattr(problem, name).detach() for name in problem._fields[1:]})
+        assert_right(kind, detached, Result(loss.detach(), *gradients))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_a_second_derivative_is_refused_when_compiled(flex, device, kind, fresh_dynamo):
+    problem = make_problem(2, 3, 4, 5, device=device)
+    vals = problem.vals.requires_grad_()
+    loss = torch.compile(triton_loss(flex, kind), fullgraph=True, backend=BACKEND)(*problem)
+    with pytest.raises(RuntimeError, match=r"double backward|second derivative|create_graph=False"):
+        (gradient,) = torch.autograd.grad(loss, vals, create_graph=True)
+        gradient.square().sum().backward()
+
+
+@needs_cuda
+@pytest.mark.parametrize("kind", LOSSES)
+@pytest.mark.parametrize("deterministic", [False, True], ids=["default", "deterministic"])
+def test_other_batch_sizes_and_dictionaries_do_not_recompile_kernels(flex, monkeypatch, kind, deterministic):
+    compiled = []
+
+    def hook(*, fn, **_):
+        compiled.append(fn.name)
+
+    def run_one(B, F):
+        run(triton_loss(flex, kind), make_problem(B, 20, F, 320, device="cuda"))
+
+    with deterministic_algorithms(deterministic):
+        run_one(64, 4096)
+        monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", hook)
+        for B, F in ((63, 4096), (1, 4096), (16, 4096), (64, 4095), (640, 1), (1000, 70001)):
+            run_one(B, F)
+            assert not compiled, f"B={B} F={F} compiled {compiled}"
+
+
+def assert_bitwise_repeatable(loss, problem):
+    first = run(loss, problem)
+    for _ in range(3):
+        for name, value, again in zip(Result._fields, first, run(loss, problem), strict=True):
+            assert torch.equal(value, again), f"{name} differs between two runs"
+
+
+# On a GPU large enough that atomics would come in another order every time.
+REPEATABLE = (4, 20, 5, 33) if INTERPRETED else (4096, 32, 5000, 768)
+
+
+@pytest.mark.parametrize("pattern", ["uniform", "one_hot_feature"])
+def test_topk_is_bitwise_repeatable(flex, device, pattern):
+    assert_bitwise_repeatable(flex.triton_topk_sae_loss, make_problem(*REPEATABLE, device=device, pattern=pattern))
+
+
+@pytest.mark.parametrize("pattern", ["uniform", "one_hot_feature"])
+def test_hierarchical_is_bitwise_repeatable_where_torch_is_told_to_be(flex, device, pattern):
+    problem = make_problem(*REPEATABLE, device=device, pattern=pattern)
+    with deterministic_algorithms():
+        assert_bitwise_repeatable(flex.triton_hierarchical_sae_loss, problem)
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_autocast_changes_nothing(flex, device, kind):
+    problem = make_problem(4, 5, 9, 33, device=device)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        assert_right(kind, problem, run(triton_loss(flex, kind), problem))
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_inputs_are_left_as_they_were(flex, device, kind):
+    problem = make_problem(4, 5, 9, 33, device=device)
+    copies = [tensor.clone() for tensor in problem]
+    run(triton_loss(flex, kind), problem)
+    assert all(map(torch.equal, problem, copies))
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_gradients_accumulate_in_a_training_loop(flex, device, kind):
+    problem = make_problem(4, 5, 9, 33, device=device)
+    weight = torch.nn.Parameter(problem.weight.clone())
+    for _ in range(2):
+        triton_loss(flex, kind)(*problem._replace(weight=weight)).backward()
+    result = run(triton_loss(flex, kind), problem)
+    assert_agree(kind, problem, result, result._replace(weight=weight.grad / 2))
+
+
+# In bfloat16 the hierarchical gradient of weight takes its ordered form.
+@needs_cuda
+@pytest.mark.parametrize("kind", LOSSES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_captured_graph_replays_on_fresh_data(flex, kind, dtype):
+    problem = make_problem(64, 20, 500, 320, device="cuda", dtypes=dtype)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run(triton_loss(flex, kind), problem)  # capture allows no compilation
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = run(triton_loss(flex, kind), problem)
+    for seed, pattern in ((1, "uniform"), (2, "one_hot_feature")):
+        fresh = make_problem(64, 20, 500, 320, device="cuda", dtypes=dtype, pattern=pattern, seed=seed)
+        for static, values in zip(problem, fresh, strict=True):
+            static.copy_(values)
+        graph.replay()
+        assert_right(kind, fresh, result)
+
+
+@needs_cuda
+@pytest.mark.parametrize("kind", LOSSES)
+def test_work_goes_to_the_current_stream(flex, kind):
+    problem = make_problem(64, 20, 500, 320, device="cuda")
+    late = problem._replace(weight=torch.full_like(problem.weight, float("nan")))
+    run(triton_loss(flex, kind), problem)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(100_000_000)  # tens of milliseconds: on another stream the launches would read the NaNs
+        late.weight.copy_(problem.weight)
+        result = run(triton_loss(flex, kind), late)
+    torch.cuda.synchronize()
+    assert_right(kind, problem, result)
+
+
+@needs_cuda
+@pytest.mark.parametrize("kind", LOSSES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_nothing_waits_for_the_device(flex, kind, dtype):
+    problem = make_problem(64, 20, 500, 320, device="cuda", dtypes=dtype)
+    run(triton_loss(flex, kind), problem)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run(triton_loss(flex, kind), problem)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("kind", LOSSES)
+def test_tensors_may_live_on_a_device_that_is_not_current(flex, kind):
+    problem = make_problem(64, 20, 500, 320, device="cuda:1")
+    assert torch.cuda.current_device() == 0
+    assert_right(kind, problem, run(triton_loss(flex, kind), problem))

@@ -1,0 +1,61 @@
+"""Sizes at which 32 bits no longer hold an offset."""
+
+import pytest
+import torch
+from support import LOSSES, Problem, Result, make_problem, needs_cuda, relative_error, run, triton_loss, truth
+
+pytestmark = needs_cuda
+
+# B, K, F, D; how many samples and columns of the truth to compute at a time; GiB that the test takes at its peak
+CASES = {
+    "F * D > 2**31": ((512, 32, 131072, 16400), (512, 2050), 90),
+    "B * D > 2**31": ((131149, 4, 4096, 16400), (131149, 1025), 90),
+    "B * K > 2**31": ((2**26 + 1, 33, 2**21, 2), (2**22, 2), 110),
+}
+
+
+def truth_in_parts(kind, problem, samples, columns):
+    """The truth over blocks of samples and columns: every gradient is a sum over them, or made of them."""
+    indices, weight, vals, bias, target = problem
+    B, D = target.shape
+    total = Result(0.0, *(torch.zeros_like(tensor, dtype=torch.float64) for tensor in problem[1:]))
+    loss = 0.0
+    for b in range(0, B, samples):
+        for d in range(0, D, columns):
+            rows, cols = slice(b, b + samples), slice(d, d + columns)
+            part = Problem(indices[rows], weight[:, cols], vals[rows], bias[cols], target[rows, cols])
+            share = part.target.numel() / target.numel()
+            result = truth(kind, part, share)
+            loss += share * result.loss
+            total.weight[:, cols] += result.weight
+            total.vals[rows] += result.vals
+            total.bias[cols] += result.bias
+            total.target[rows, cols] = result.target
+    return total._replace(loss=loss)
+
+
+@pytest.fixture(autouse=True)
+def give_memory_back():
+    yield
+    torch.cuda.empty_cache()
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_offsets_beyond_32_bits_are_right(flex, kind, case, dtype):
+    sizes, (samples, columns), gigabytes = CASES[case]
+    torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info()[0] / 2**30
+    if free < gigabytes:
+        pytest.skip(f"needs {gigabytes} GiB of free GPU memory, there are {free:.0f}")
+    problem = make_problem(*sizes, device="cuda", dtypes=dtype, index_dtype=torch.int32)
+    # 16-bit gradients near zero would all be subnormal for these sizes if the loss were not scaled.
+    grad_out = float(problem.target.numel())
+    result = run(triton_loss(flex, kind), problem, torch.tensor(grad_out, device="cuda"))
+    expected = truth_in_parts(kind, problem, samples, columns)
+    assert relative_error(result.loss, expected.loss) <= 5e-6
+    for name in Problem._fields[1:]:
+        true = getattr(expected, name).mul_(grad_out)
+        limit = 5e-6 if dtype == torch.float32 else 1.1 * relative_error(true.to(dtype), true)
+        assert relative_error(getattr(result, name), true) <= limit, name

@@ -1,0 +1,132 @@
+"""No result depends on memory that nobody wrote, and no index reaches memory that is not the weight's."""
+
+import pytest
+import torch
+from support import (
+    LAYOUTS,
+    LOSSES,
+    Problem,
+    assert_right,
+    budget,
+    laid_out,
+    make_problem,
+    needs_cuda,
+    reference_loss,
+    run,
+    triton_loss,
+    truth,
+)
+
+GUARD = 64  # elements on either side of an allocation: a multiple of 16 bytes, so that alignment stays
+
+
+def poison_of(dtype):
+    return float("nan") if dtype.is_floating_point else torch.iinfo(dtype).max
+
+
+@pytest.fixture(params=[False, True], ids=["default", "deterministic"])
+def guarded(request, monkeypatch):
+    """Tensors that the package allocates start out as poison and lie between poison; yields the buffers.
+
+    Deterministic mode comes along because the hierarchical gradient of weight then takes another path.
+    """
+    buffers = []
+
+    def guard(tensor, fill):
+        buffer = torch.full(
+            (tensor.numel() + 2 * GUARD,), poison_of(tensor.dtype), dtype=tensor.dtype, device=tensor.device
+        )
+        buffers.append(buffer)
+        inner = buffer[GUARD : GUARD + tensor.numel()].view(tensor.shape)
+        return inner.zero_() if fill == "zeros" else inner
+
+    def guarding(allocate, fill):
+        return lambda *args, **kwargs: guard(allocate(*args, **kwargs), fill)
+
+    for fill in ("empty", "zeros"):
+        monkeypatch.setattr(torch, fill, guarding(getattr(torch, fill), fill))
+        monkeypatch.setattr(torch, f"{fill}_like", guarding(getattr(torch, f"{fill}_like"), fill))
+        monkeypatch.setattr(torch.Tensor, f"new_{fill}", guarding(getattr(torch.Tensor, f"new_{fill}"), fill))
+    torch.use_deterministic_algorithms(request.param)
+    yield buffers
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.kernels_ci
+@pytest.mark.parametrize("kind", LOSSES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("sizes", [(3, 5, 9, 33), (20, 17, 40, 5), (2, 1, 70, 129)], ids=str)
+def test_only_what_was_written_is_read_and_nothing_is_written_beside(flex, device, guarded, kind, sizes, layout):
+    problem = make_problem(*sizes, device=device, pattern="one_hot_feature")
+    problem = Problem(*(laid_out(tensor, layout) for tensor in problem))
+    guarded.clear()
+    result = run(triton_loss(flex, kind), problem)
+    edges = [edge for buffer in guarded for edge in (buffer[:GUARD], buffer[-GUARD:])]
+    assert edges, "the package allocates in a way that this test does not see"
+    for edge in edges:
+        assert (edge.isnan() if edge.is_floating_point() else edge == poison_of(edge.dtype)).all()
+    assert_right(kind, problem, result)
+
+
+@needs_cuda
+@pytest.mark.parametrize("kind", LOSSES)
+@pytest.mark.parametrize("pattern", ["uniform", "one_hot_feature"])
+def test_recycled_memory_full_of_nan_does_not_show(flex, kind, pattern):
+    problem = make_problem(512, 32, 4096, 768, device="cuda", pattern=pattern)
+    torch.cuda.empty_cache()
+    # Blocks of three sizes, all freed at once: the caching allocator hands them, uncleared, to the launches below.
+    sizes = [2**8] * 500 + [2**16] * 100 + [2**26] * 4
+    blocks = [torch.full((size,), float("nan"), device="cuda") for size in sizes]
+    del blocks
+    assert_right(kind, problem, run(triton_loss(flex, kind), problem))
+
+
+# Neighbours of the weight, far off in both directions, and beyond what 32 bits hold.
+OUT_OF_RANGE = [-1, 9, -(2**31), 2**31 - 1, 2**31, 2**32 + 3, 2**40, -(2**63), 2**63 - 1]
+
+
+@pytest.mark.kernels_ci
+@pytest.mark.parametrize("kind", LOSSES)
+@pytest.mark.parametrize("pick", [triton_loss, reference_loss])
+@pytest.mark.parametrize("index", OUT_OF_RANGE)
+def test_an_index_out_of_range_makes_the_loss_and_its_sample_nan(flex, device, kind, pick, index):
+    for index_dtype in (torch.int32, torch.int64):
+        if not torch.iinfo(index_dtype).min <= index <= torch.iinfo(index_dtype).max:
+            continue
+        right = make_problem(4, 5, 9, 33, device=device, index_dtype=index_dtype)
+        wrong = right._replace(indices=right.indices.clone())
+        wrong.indices[1, 3] = index
+        result = run(pick(flex, kind), wrong)
+        assert result.loss.isnan()
+        assert result.vals[1].isnan().all()
+        assert result.target[1].isnan().all()
+        # The other samples do not notice.
+        expected, others = truth(kind, right), [0, 2, 3]
+        allowed = budget(kind, right, expected)
+        for name in ("vals", "target"):
+            value, true, tolerance = (getattr(r, name)[others] for r in (result, expected, allowed))
+            assert ((value.double() - true).abs() <= tolerance).all(), name
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+@pytest.mark.parametrize("deterministic", [False, True], ids=["default", "deterministic"])
+def test_a_batch_of_nothing_but_bad_indices_touches_nothing(flex, device, kind, deterministic):
+    problem = make_problem(20, 17, 9, 33, device=device)
+    bad = torch.tensor(OUT_OF_RANGE, device=device).repeat(38)[: 20 * 17].view(20, 17)
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        result = run(triton_loss(flex, kind), problem._replace(indices=bad))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert result.loss.isnan()
+    assert result.vals.isnan().all()
+    if device == "cuda":
+        torch.cuda.synchronize()  # an illegal access would surface here
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+@pytest.mark.parametrize("name", Problem._fields[1:])
+def test_nan_inputs_are_not_swallowed(flex, device, kind, name):
+    problem = make_problem(3, 5, 9, 33, device=device, pattern="all_same")
+    getattr(problem, name).view(-1)[-1] = float("nan")
+    assert triton_loss(flex, kind)(*problem).isnan()

@@ -1,0 +1,147 @@
+"""Gradients summed in the order of the features: how the pairs are sorted, and the scratch of the hierarchical loss."""
+
+import sys
+
+import pytest
+import torch
+from support import (
+    DTYPES,
+    INTERPRETED,
+    LOSSES,
+    PATTERNS,
+    Problem,
+    Result,
+    assert_right,
+    deterministic_algorithms,
+    make_indices,
+    make_problem,
+    relative_error,
+    result_dtypes,
+    run,
+    triton_loss,
+    truth,
+)
+
+
+def submodule(flex, name):
+    return sys.modules[f"{flex.__name__}.{name}"]
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_a_sort_in_parts_changes_no_bit(flex, device, monkeypatch, kind, pattern):
+    problem = make_problem(40, 17, 12, 5, device=device, pattern=pattern)
+    with deterministic_algorithms():
+        whole = run(triton_loss(flex, kind), problem)
+        monkeypatch.setattr(submodule(flex, "pairs"), "_MAX_SORT", 7)  # 97 parts and a rest
+        parts = run(triton_loss(flex, kind), problem)
+    for name, value, other in zip(whole._fields, whole, parts, strict=True):
+        assert torch.equal(value, other), name
+
+
+# The keys of the sort are 16 bits wide up to 2**16 features.
+@pytest.mark.parametrize("F", [1, 9, 2**15, 2**15 + 1, 2**16, 2**16 + 1])
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("parts", [1, 5])
+def test_pairs_are_sorted_by_feature_then_place(flex, device, monkeypatch, F, index_dtype, parts):
+    pairs, P = submodule(flex, "pairs"), 3000
+    generator = torch.Generator(device).manual_seed(0)
+    indices = make_indices("one_hot_feature", 1, P, F, generator)[0].to(index_dtype)
+    indices[:4] = torch.tensor([0, F - 1, -1, F])  # out of range counts as the nearest feature
+    monkeypatch.setattr(pairs, "_MAX_SORT", -(-P // parts))
+    order, ends = pairs._sort_by_feature(indices, F)
+    features = indices.long().clamp(0, F - 1)
+    assert torch.equal(order, features.sort(stable=True).indices)
+    assert torch.equal(ends.long(), features.bincount(minlength=F).cumsum(0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", [(3, 5, 7, 130), (20, 17, 3, 33), (1, 1, 1, 1)], ids=str)
+def test_the_deterministic_path_is_right(flex, device, sizes, dtype):
+    problem = make_problem(*sizes, device=device, dtypes=dtype, pattern="duplicates")
+    with deterministic_algorithms():
+        result = run(flex.triton_hierarchical_sae_loss, problem)
+    assert_right("hierarchical", problem, result)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("names", [("weight", "vals"), ("weight",), ("vals",)], ids="+".join)
+@pytest.mark.parametrize("tiles", [1, 2])
+def test_scratch_for_some_of_the_columns_is_enough(flex, device, monkeypatch, tiles, names, dtype):
+    tile = 256 // dtype.itemsize
+    # Two launches of `tiles` tiles and one of less; a feature of 272 pairs is heavy, the others are light.
+    B, K, F, D = 16, 33, 6, (2 * tiles + 1) * tile - 5
+    problem = make_problem(B, K, F, D, device=device, dtypes=dtype, pattern="one_hot_feature")
+    exact = truth("hierarchical", problem)
+    rounded = Result(*(value.to(dtype) for value, dtype in zip(exact, result_dtypes(problem), strict=True)))
+
+    kernels = submodule(flex, "hierarchical_kernels")
+    itemsize = {torch.float64: 8, torch.bfloat16: 2}.get(dtype, 4)
+    monkeypatch.setattr(kernels, "_SCRATCH_BYTES", B * K * tiles * tile * itemsize)
+    first_columns, sum_pairs = [], kernels.sum_pairs
+
+    def spy(*args, first_column, **kwargs):
+        first_columns.append(first_column)
+        sum_pairs(*args, first_column=first_column, **kwargs)
+
+    monkeypatch.setattr(kernels, "sum_pairs", spy)
+    leaves = [getattr(problem, name).clone().requires_grad_() for name in names]
+    with deterministic_algorithms():
+        loss = flex.triton_hierarchical_sae_loss(*problem._replace(**dict(zip(names, leaves, strict=True))))
+        gradients = torch.autograd.grad(loss, leaves)
+    assert first_columns == ([0, tiles * tile, 2 * tiles * tile] if "weight" in names else [])
+    assert_right("hierarchical", problem, rounded._replace(**dict(zip(names, gradients, strict=True))))
+
+
+# bfloat16 gradients pass through a scratch of float16 numbers, each in a unit of its sample.
+BF16_SIZES = (5, 6, 30, 130) if INTERPRETED else (64, 32, 2048, 520)  # F = B * K: a feature belongs to one sample
+
+
+def bf16_problem(device):
+    B, K, F, _ = BF16_SIZES
+    problem = make_problem(*BF16_SIZES, device=device, dtypes=torch.bfloat16)
+    indices = torch.randperm(F, generator=torch.Generator().manual_seed(0)).view(B, K).to(device)
+    return problem._replace(indices=indices, bias=torch.zeros_like(problem.bias))
+
+
+def assert_errs_by_one_rounding(value, true):
+    assert value.isfinite().all()
+    # Storing bfloat16, the interpreter truncates: about twice the error of rounding, and few numbers to average over.
+    slack = 4 if INTERPRETED else 1.1
+    assert relative_error(value, true) <= slack * relative_error(true.bfloat16(), true)
+
+
+@pytest.mark.parametrize("scale", [1e-15, 1.0, 1e15])
+@pytest.mark.parametrize("pattern", ["uniform", "one_hot_feature"])
+def test_bfloat16_gradients_err_by_one_rounding_at_any_scale(flex, device, scale, pattern):
+    problem = make_problem(*BF16_SIZES, device=device, dtypes=torch.bfloat16, pattern=pattern)
+    problem = problem._replace(**{name: getattr(problem, name) * scale for name in ("vals", "bias", "target")})
+    result, expected = run(flex.triton_hierarchical_sae_loss, problem), truth("hierarchical", problem)
+    for name in Problem._fields[1:]:
+        assert_errs_by_one_rounding(getattr(result, name), getattr(expected, name))
+
+
+def test_bfloat16_samples_of_any_scales_share_a_batch(flex, device):
+    problem = bf16_problem(device)
+    scales = (1e-6, 1e6, 1.0)
+    for b, scale in enumerate(scales):
+        problem.vals[b] *= scale
+        problem.target[b] *= scale
+    # A sample whose residuals are all zero
+    problem.target[3] = 0
+    problem.weight[problem.indices[3]] = 0
+    result, expected = run(flex.triton_hierarchical_sae_loss, problem), truth("hierarchical", problem)
+    for b in range(len(scales)):
+        assert_errs_by_one_rounding(result.weight[problem.indices[b]], expected.weight[problem.indices[b]])
+        assert_errs_by_one_rounding(result.vals[b], expected.vals[b])
+    assert not result.weight[problem.indices[3]].any()
+    assert not result.vals[3].any()
+
+
+def test_an_outlier_column_takes_no_digits_from_the_others(flex, device):
+    problem = bf16_problem(device)
+    problem.target[:, 7] *= 1e5
+    result, expected = run(flex.triton_hierarchical_sae_loss, problem), truth("hierarchical", problem)
+    others = [column for column in range(BF16_SIZES[3]) if column != 7]
+    assert_errs_by_one_rounding(result.weight[:, 7], expected.weight[:, 7])
+    assert_errs_by_one_rounding(result.weight[:, others], expected.weight[:, others])

@@ -1,0 +1,108 @@
+"""What the losses accept, the dtype they compute in and where they run."""
+
+import contextlib
+import os
+
+import torch
+import triton
+
+# triton.jit decides at import whether kernels are interpreted, so this is decided at import too.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_inputs(
+    indices: torch.Tensor,  # [B, K]
+    weight: torch.Tensor,  # [F, D]
+    vals: torch.Tensor,  # [B, K]
+    bias: torch.Tensor,  # [D]
+    target: torch.Tensor,  # [B, D]
+) -> None:
+    """Raise TypeError or ValueError, naming the argument, unless the five tensors fit together.
+
+    With ``FLEX_SAE_CHECK_INDICES=1`` in the environment it also looks at the values of ``indices`` (a device
+    synchronisation) and raises IndexError at the first one outside ``[0, F)``.
+    """
+    tensors = {"indices": indices, "weight": weight, "vals": vals, "bias": bias, "target": target}
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    for name, tensor in tensors.items():
+        if tensor.device != weight.device:
+            raise ValueError(f"{name} must be on the device of weight, {weight.device}, got {tensor.device}")
+        if name == "indices":
+            if tensor.dtype not in (torch.int32, torch.int64):
+                raise TypeError(f"indices must be int32 or int64, got {tensor.dtype}")
+        elif tensor.dtype not in _FLOATS:
+            raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
+    for name, dims in (("indices", "[B, K]"), ("weight", "[F, D]")):
+        if tensors[name].dim() != 2:
+            raise ValueError(f"{name} must have shape {dims}, got {tuple(tensors[name].shape)}")
+    B, K = indices.shape
+    F, D = weight.shape
+    if F == 0 or D == 0:
+        raise ValueError(f"weight must have shape [F, D] with F >= 1 and D >= 1, got {(F, D)}")
+    for name, dims, shape in (("vals", "[B, K]", (B, K)), ("bias", "[D]", (D,)), ("target", "[B, D]", (B, D))):
+        if tensors[name].shape != shape:
+            raise ValueError(f"{name} must have shape {dims} = {shape}, got {tuple(tensors[name].shape)}")
+    if os.environ.get("FLEX_SAE_CHECK_INDICES") == "1":
+        _check_indices(indices, F)
+
+
+def _check_indices(indices: torch.Tensor, F: int) -> None:
+    bad = ((indices < 0) | (indices >= F)).nonzero()
+    if len(bad):
+        b, k = bad[0].tolist()
+        raise IndexError(f"indices must lie in [0, F) = [0, {F}), got {indices[b, k].item()} at [{b}, {k}]")
+
+
+def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
+    """float64 if any of the tensors is float64, else float32."""
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+
+
+def runs_triton(indices: torch.Tensor) -> bool:
+    """Whether a problem goes to the kernels: not on a CPU without the interpreter, and not when there is nothing to
+    launch (B = 0 or K = 0). The torch reference answers the others."""
+    return (INTERPRETED or indices.device.type != "cpu") and indices.numel() > 0
+
+
+def unit_stride_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` itself where its rows can be read in place, else a contiguous copy."""
+    return tensor if tensor.stride(1) == 1 else tensor.contiguous()
+
+
+def device_of(tensor: torch.Tensor):
+    """A context in which launches go to the tensor's device, which need not be the current one."""
+    if tensor.device.type == "cpu":
+        return contextlib.nullcontext()
+    return getattr(torch, tensor.device.type).device(tensor.device)
+
+
+def select(
+    indices: torch.Tensor, weight: torch.Tensor, vals: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The selected rows of weight [B, K, D] and vals [B, K] for the torch references. As in the kernels, an index out
+    of range touches no memory and makes its val NaN."""
+    F = weight.shape[0]
+    poison = torch.where((indices >= 0) & (indices < F), 1.0, float("nan"))
+    return weight.to(dtype)[indices.clamp(0, F - 1)], vals.to(dtype) * poison.to(dtype)
+
+
+def tile_columns(weight: torch.Tensor, dtype: torch.dtype) -> int:
+    """Columns of a forward tile: 256 bytes of a row of weight, and 32 columns where float64 doubles the registers.
+
+    All samples walk the same columns of weight (grid: sample fastest), which must stay in the L2 cache: on an H200 at
+    F=65536 a gather runs at 9.0 TB/s with 64 columns of float32, at 8.0 with 128 and at 5.9 with 256. Narrower tiles
+    spend their instructions on indices.
+    """
+    columns = 32 if dtype == torch.float64 else 256 // weight.element_size()
+    return min(columns, triton.next_power_of_2(weight.shape[1]))
+
+
+def refuse_second_derivative(name: str) -> None:
+    """Raise where autograd asks the backward pass for a graph of its own. (`once_differentiable` would drop a second
+    derivative silently where ``grad_out`` needs no gradient, as in a gradient penalty.)"""
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"{name} has no second derivative: call backward or grad without create_graph=True")

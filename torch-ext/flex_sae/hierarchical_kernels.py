@@ -1,0 +1,461 @@
+"""HierarchicalTopK: the decoder loss of every prefix of a sample's features at once, forward and backward.
+
+With w_i = weight[indices[b, i]] and v_i = vals[b, i] of one sample b, the prefix residuals and their suffix sums are
+
+    r_j = bias - target_b + sum_{i <= j} v_i w_i,    S_i = sum_{j >= i} r_j,    i, j = 0..K-1,
+
+    loss = sum_{b, j} |r_j|^2 / (B K D),
+
+and with c = grad_out * 2 / (B K D) the gradients are
+
+    d weight[f] = sum over pairs (b, i) with indices[b, i] = f of c v_i S_i,    d v_i = c <w_i, S_i>,
+    d bias = c sum_b S_0,    d target_b = -c S_0.
+
+The forward pass keeps S_0. From it the backward pass walks the steps in the order of the forward pass:
+r_i = r_{i-1} + v_i w_i and S_{i+1} = S_i - r_i.
+
+d weight comes about in one of two ways. Atomic additions to its rows are the faster one in float32 and float64, but
+their order, and with it the last bits, changes from run to run. The ordered way writes the S_i of some columns to
+scratch memory, in the order of their features, and sums them there (pairs.py), columns after columns. It serves
+torch.use_deterministic_algorithms(True) and gradients of a narrower dtype than the one that is computed in, which
+atomic additions would round again and again.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from ._ops import add_op_namespace_prefix, ops
+from .checks import (
+    check_inputs,
+    compute_dtype,
+    device_of,
+    refuse_second_derivative,
+    runs_triton,
+    select,
+    tile_columns,
+    unit_stride_rows,
+)
+from .pairs import load_pairs, new_pieces, order_pairs, sum_pairs, sum_pieces
+
+# Steps of a forward tile. Of 4 to 32 on an H200 (B=4096, F=65536, D=2304) the best at K=128, by 18% in float32 and by
+# 19% in bfloat16.
+_FORWARD_BLOCK_K = 32
+# Steps of a tile that writes to scratch, of up to 64 columns (float32) and of 128 (bfloat16, float16). Of 4 to 32 on an
+# H200 at K=128: 32 is the best in float32, by 8%; in bfloat16 all are within 6%, and 32 spills registers.
+_SCRATCH_BLOCK_K, _WIDE_SCRATCH_BLOCK_K = 32, 8
+# Steps and columns of a tile that adds to d weight atomically. Of 4 to 32 steps and 16 to 128 columns on an H200, the
+# best or within 1% of it at B=4096 and 8192, K=32 and 128: with more columns d weight leaves the L2 cache, with fewer
+# the work on indices counts.
+_ATOMIC_BLOCK_K, _ATOMIC_BLOCK_D = 8, 64
+# Bytes of scratch for the suffix sums. Less means more launches; S_i of 64 columns are the least.
+_SCRATCH_BYTES = 2**27
+
+
+# weight_stride is not specialised. Only ALIGN, the columns that each of the 32 lanes of a warp takes, tells the
+# compiler how wide loads may be: all lanes lie along the columns, steps lie inside a thread, and scans over them need
+# no shuffle.
+@triton.jit(do_not_specialize=["B", "F", "weight_stride"])
+def _hierarchical_forward_kernel(
+    loss_ptr,  # [cdiv(D, BLOCK_D), B], this tile's share of the loss
+    suffix_ptr,  # [B, D], S_0
+    indices_ptr,  # [B, K]
+    weight_ptr,  # [F, D]
+    vals_ptr,  # [B, K]
+    bias_ptr,  # [D]
+    target_ptr,  # [B, D]
+    weight_stride,
+    target_stride,
+    B,
+    K,
+    F,
+    D,
+    NEEDS_SUFFIX: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    ALIGN: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    # Sample fastest: all samples walk the same columns of weight while they sit in the L2 cache.
+    b = tl.program_id(0).to(tl.int64)
+    tile = tl.program_id(1).to(tl.int64)
+    cols = tile * BLOCK_D + tl.arange(0, BLOCK_D)
+    in_row = cols < D
+    dtype: tl.constexpr = loss_ptr.dtype.element_ty
+
+    bias = tl.load(bias_ptr + cols, mask=in_row, other=0.0).to(dtype)
+    target = tl.load(target_ptr + b * target_stride + cols, mask=in_row, other=0.0).to(dtype)
+    residual = bias - target
+    suffix = tl.zeros([BLOCK_D], dtype)
+    squares = tl.zeros([BLOCK_D], dtype)
+    steps = tl.arange(0, BLOCK_K)
+    first, last = (steps == 0)[:, None], (steps == BLOCK_K - 1)[:, None]
+    feature, val, valid = load_pairs(indices_ptr, vals_ptr, b, steps, K, F, dtype)
+    for _ in range(0, K, BLOCK_K):
+        row = tl.multiple_of(feature * weight_stride, ALIGN)
+        mask = valid[:, None] & in_row[None, :]
+        weight = tl.load(weight_ptr + row[:, None] + cols[None, :], mask=mask, other=0.0)
+        # The next pairs are on their way before these rows are used.
+        next_feature, next_val, next_valid = load_pairs(indices_ptr, vals_ptr, b, steps + BLOCK_K, K, F, dtype)
+
+        added = val[:, None] * weight.to(dtype)
+        residuals = tl.cumsum(tl.where(first, residual[None, :] + added, added), axis=0)
+        residual = tl.sum(tl.where(last, residuals, 0.0), axis=0)
+        if not EVEN_K:
+            residuals = tl.where((steps < K)[:, None], residuals, 0.0)
+        suffix += tl.sum(residuals, axis=0)
+        squares += tl.sum(residuals * residuals, axis=0)
+
+        steps += BLOCK_K
+        feature, val, valid = next_feature, next_val, next_valid
+
+    if NEEDS_SUFFIX:
+        tl.store(suffix_ptr + b * D + cols, suffix, mask=in_row)
+    tl.store(loss_ptr + tile * B + b, tl.sum(squares) / B / K / D)
+
+
+@triton.jit(do_not_specialize=["B", "F", "weight_stride", "scratch_stride", "first_tile"])
+def _hierarchical_backward_kernel(
+    weight_grad_ptr,  # [F, D], zeros to add to, or None
+    scratch_ptr,  # [B * K, scratch_stride], for the S_i of the launch's columns in units, or None
+    slots_ptr,  # [B, K], the row of scratch for each pair
+    units_ptr,  # [B], or None for units of 1
+    vals_grad_ptr,  # [B, K], zeros to add to; unless ATOMIC [tiles, B, K], to which launches add in turn; or None
+    suffix_ptr,  # [B, D], S_0
+    scale_ptr,  # [1], c
+    indices_ptr,  # [B, K]
+    weight_ptr,  # [F, D]
+    vals_ptr,  # [B, K]
+    bias_ptr,  # [D]
+    target_ptr,  # [B, D]
+    weight_stride,
+    target_stride,
+    scratch_stride,
+    B,
+    K,
+    F,
+    D,
+    first_tile,
+    ATOMIC: tl.constexpr,
+    ALIGN: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    # Sample fastest: all samples walk the same columns of weight and d weight while they sit in the L2 cache.
+    b = tl.program_id(0).to(tl.int64)
+    tile = tl.program_id(1).to(tl.int64)
+    scratch_cols = tile * BLOCK_D + tl.arange(0, BLOCK_D)
+    cols = first_tile * BLOCK_D + scratch_cols
+    in_row = cols < D
+    dtype: tl.constexpr = scale_ptr.dtype.element_ty
+
+    scale = tl.load(scale_ptr)
+    per_unit = 1.0 if units_ptr is None else 1.0 / tl.load(units_ptr + b)
+    bias = tl.load(bias_ptr + cols, mask=in_row, other=0.0).to(dtype)
+    target = tl.load(target_ptr + b * target_stride + cols, mask=in_row, other=0.0).to(dtype)
+    residual = bias - target
+    suffix = tl.load(suffix_ptr + b * D + cols, mask=in_row, other=0.0)
+    steps = tl.arange(0, BLOCK_K)
+    feature, val, valid = load_pairs(indices_ptr, vals_ptr, b, steps, K, F, dtype)
+    for _ in range(0, K, BLOCK_K):
+        row = tl.multiple_of(feature * weight_stride, ALIGN)
+        mask = valid[:, None] & in_row[None, :]
+        weight = tl.load(weight_ptr + row[:, None] + cols[None, :], mask=mask, other=0.0).to(dtype)
+        # The next pairs are on their way before these rows are used.
+        next_feature, next_val, next_valid = load_pairs(indices_ptr, vals_ptr, b, steps + BLOCK_K, K, F, dtype)
+
+        added = val[:, None] * weight
+        residuals = residual[None, :] + tl.cumsum(added, axis=0)
+        # S_i = S_0 - sum_{j < i} r_j. A reversed scan would shuffle every element across the warp.
+        suffixes = suffix[None, :] - (tl.cumsum(residuals, axis=0) - residuals)
+        residual += tl.sum(added, axis=0)
+        suffix -= tl.sum(residuals, axis=0)
+
+        exists = steps < K
+        pair = b * K + steps
+        if weight_grad_ptr is not None:
+            contribution = (scale * val)[:, None] * suffixes
+            tl.atomic_add(
+                weight_grad_ptr + (feature * D)[:, None] + cols[None, :], contribution, mask=mask, sem="relaxed"
+            )
+        if scratch_ptr is not None:
+            slot = tl.load(slots_ptr + pair, mask=exists, other=0).to(tl.int64)
+            slot_row = tl.multiple_of(slot * scratch_stride, ALIGN)
+            tl.store(
+                scratch_ptr + slot_row[:, None] + scratch_cols[None, :],
+                suffixes * per_unit,
+                mask=exists[:, None] & in_row[None, :],
+                eviction_policy="evict_first",  # the L2 cache is for weight
+            )
+        if vals_grad_ptr is not None:
+            dot = scale * tl.sum(weight * suffixes, axis=1)
+            if ATOMIC:
+                tl.atomic_add(vals_grad_ptr + pair, dot, mask=exists, sem="relaxed")
+            else:
+                share_ptr = vals_grad_ptr + tile * B * K + pair
+                if first_tile > 0:
+                    dot += tl.load(share_ptr, mask=exists, other=0.0)
+                tl.store(share_ptr, dot, mask=exists)
+
+        steps += BLOCK_K
+        feature, val, valid = next_feature, next_val, next_valid
+
+
+def _hierarchical_forward(
+    indices: torch.Tensor,  # [B, K]
+    weight: torch.Tensor,  # [F, D]
+    vals: torch.Tensor,  # [B, K]
+    bias: torch.Tensor,  # [D]
+    target: torch.Tensor,  # [B, D]
+    needs_suffix: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The loss, S_0 [B, D] if it is needed (else an empty tensor), and the shares in the loss [tiles, B]."""
+    (B, K), (F, D) = indices.shape, weight.shape
+    dtype = compute_dtype(weight, vals, bias, target)
+    weight, target = unit_stride_rows(weight), unit_stride_rows(target)
+    block_k, block_d = min(_FORWARD_BLOCK_K, triton.next_power_of_2(K)), tile_columns(weight, dtype)
+    tiles = triton.cdiv(D, block_d)
+    shares = torch.empty((tiles, B), dtype=dtype, device=weight.device)
+    suffix = torch.empty((B, D) if needs_suffix else (0,), dtype=dtype, device=weight.device)
+    with device_of(weight):
+        _hierarchical_forward_kernel[(B, tiles)](
+            shares,
+            suffix,
+            indices.contiguous(),
+            weight,
+            vals.contiguous(),
+            bias.contiguous(),
+            target,
+            weight.stride(0),
+            target.stride(0),
+            B,
+            K,
+            F,
+            D,
+            NEEDS_SUFFIX=needs_suffix,
+            EVEN_K=K % block_k == 0,
+            ALIGN=_align(block_d, weight.stride(0)),
+            BLOCK_K=block_k,
+            BLOCK_D=block_d,
+            num_warps=1,
+        )
+    return shares.sum(), suffix, shares
+
+
+def _align(block_d, *strides):
+    return math.gcd(max(1, block_d // 32), *strides)
+
+
+def _hierarchical_backward(
+    scale: torch.Tensor,  # 0-dim, c
+    suffix: torch.Tensor,  # [B, D], S_0
+    shares: torch.Tensor,  # [tiles, B]
+    indices: torch.Tensor,  # [B, K]
+    weight: torch.Tensor,  # [F, D]
+    vals: torch.Tensor,  # [B, K]
+    bias: torch.Tensor,  # [D]
+    target: torch.Tensor,  # [B, D]
+    needs_weight: bool,
+    needs_vals: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of weight [F, D] and vals [B, K], an empty tensor for the one that is not needed."""
+    (B, K), (F, D), dtype = indices.shape, weight.shape, suffix.dtype
+    weight, target = unit_stride_rows(weight), unit_stride_rows(target)
+    indices, vals, bias = indices.contiguous(), vals.contiguous(), bias.contiguous()
+    ordered = torch.are_deterministic_algorithms_enabled() or (needs_weight and weight.dtype != dtype)
+    weight_grad = vals_sums = None
+
+    def launch(scratch, slots, units, first_column, columns, align, block_k, block_d):
+        _hierarchical_backward_kernel[(B, triton.cdiv(min(columns, D - first_column), block_d))](
+            None if ordered else weight_grad,
+            scratch,
+            slots,
+            units,
+            vals_sums,
+            suffix,
+            scale,
+            indices,
+            weight,
+            vals,
+            bias,
+            target,
+            weight.stride(0),
+            target.stride(0),
+            columns,
+            B,
+            K,
+            F,
+            D,
+            first_column // block_d,
+            ATOMIC=not ordered,
+            ALIGN=align,
+            BLOCK_K=min(block_k, triton.next_power_of_2(K)),
+            BLOCK_D=block_d,
+            num_warps=1,
+        )
+
+    with device_of(weight):
+        if not ordered:
+            weight_grad = weight.new_zeros(F, D) if needs_weight else None
+            vals_sums = suffix.new_zeros(1, B, K) if needs_vals else None
+            # 16 bytes a lane: then 16 lanes cover a row, and two rows share the shuffles of the dot products.
+            align = math.gcd(4, weight.stride(0))
+            launch(None, None, None, 0, D, align, _ATOMIC_BLOCK_K, min(_ATOMIC_BLOCK_D, triton.next_power_of_2(D)))
+        else:
+            block_d = tile_columns(weight, dtype)
+            block_k = _SCRATCH_BLOCK_K if block_d <= 64 else _WIDE_SCRATCH_BLOCK_K
+            align = _align(block_d, weight.stride(0))
+            # A gradient that keeps 8 bits, bfloat16, needs no more than 11 bits of S_i. float16 has them, in fit units.
+            narrow = weight.dtype == torch.bfloat16 and dtype == torch.float32
+            scratch_dtype = torch.float16 if narrow else dtype
+            # The widest power of two that fits.
+            columns = max(block_d, _SCRATCH_BYTES // (B * K * scratch_dtype.itemsize))
+            columns = min(1 << (columns.bit_length() - 1), triton.next_power_of_2(D))
+            vals_sums = suffix.new_empty(triton.cdiv(min(columns, D), block_d), B, K) if needs_vals else None
+            scratch = slots = units = None
+            if needs_weight:
+                weight_grad = weight.new_empty(F, D)
+                scratch = suffix.new_empty(B * K, columns, dtype=scratch_dtype)
+                units = _units(shares, K, D) if narrow else None
+                pairs = order_pairs(indices, vals, F, dtype, want_slots=True, units=units)
+                slots, pieces = pairs.slots, new_pieces(pairs, D)
+            for first_column in range(0, D, columns):
+                launch(scratch, slots, units, first_column, columns, align, block_k, block_d)
+                if needs_weight:
+                    sum_pairs(pairs, scratch, weight, scale, weight_grad, pieces, first_column=first_column)
+            if needs_weight:
+                sum_pieces(pairs, pieces, scale, weight_grad)
+    return (
+        weight_grad if needs_weight else weight.new_empty(0),
+        vals_sums.sum(0).to(vals.dtype) if needs_vals else vals.new_empty(0),
+    )
+
+
+def _units(shares, K, D):
+    """For each sample a unit in which its S_i fit float16: they are at most 2**15 units, as by Cauchy-Schwarz
+    |S_i| <= sum_j |r_j| <= sqrt(K sum_j |r_j|^2), and far from the smallest float16."""
+    tiles, B = shares.shape
+    # What a share lost to underflow is less than the smallest normal number.
+    losses = shares.sum(0).clamp_min(tiles * torch.finfo(shares.dtype).tiny)
+    return losses.sqrt() * (math.sqrt(B * K * D * K) / 2**15)
+
+
+torch.library.define(
+    add_op_namespace_prefix("hierarchical_forward"),
+    "(Tensor indices, Tensor weight, Tensor vals, Tensor bias, Tensor target, bool needs_suffix)"
+    " -> (Tensor, Tensor, Tensor)",
+)
+torch.library.impl(add_op_namespace_prefix("hierarchical_forward"), "default", _hierarchical_forward)
+
+torch.library.define(
+    add_op_namespace_prefix("hierarchical_backward"),
+    "(Tensor scale, Tensor suffix, Tensor shares, Tensor indices, Tensor weight, Tensor vals, Tensor bias,"
+    " Tensor target, bool needs_weight, bool needs_vals) -> (Tensor, Tensor)",
+)
+torch.library.impl(add_op_namespace_prefix("hierarchical_backward"), "default", _hierarchical_backward)
+
+
+@torch.library.register_fake(add_op_namespace_prefix("hierarchical_forward"))
+def _hierarchical_forward_fake(indices, weight, vals, bias, target, needs_suffix):
+    (B, D), dtype = target.shape, compute_dtype(weight, vals, bias, target)
+    tiles = triton.cdiv(D, tile_columns(weight, dtype))
+    suffix = weight.new_empty(target.shape if needs_suffix else (0,), dtype=dtype)
+    return weight.new_empty((), dtype=dtype), suffix, weight.new_empty((tiles, B), dtype=dtype)
+
+
+@torch.library.register_fake(add_op_namespace_prefix("hierarchical_backward"))
+def _hierarchical_backward_fake(scale, suffix, shares, indices, weight, vals, bias, target, needs_weight, needs_vals):
+    return weight.new_empty(weight.shape if needs_weight else (0,)), vals.new_empty(vals.shape if needs_vals else (0,))
+
+
+class HierarchicalSAELoss(torch.autograd.Function):
+    """The two ops above as one differentiable function, see `triton_hierarchical_sae_loss`."""
+
+    @staticmethod
+    def forward(ctx, indices, weight, vals, bias, target, needs_grad):
+        loss, suffix, shares = ops.hierarchical_forward(indices, weight, vals, bias, target, needs_grad)
+        ctx.save_for_backward(suffix, shares, indices, weight, vals, bias, target)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        refuse_second_derivative("triton_hierarchical_sae_loss")
+        suffix, shares, indices, weight, vals, bias, target = ctx.saved_tensors
+        _, needs_weight, needs_vals, needs_bias, needs_target, _ = ctx.needs_input_grad
+        scale = grad_out * (2.0 / (indices.shape[1] * suffix.numel()))
+        weight_grad = vals_grad = bias_grad = target_grad = None
+        if needs_weight or needs_vals:
+            grads = ops.hierarchical_backward(
+                scale, suffix, shares, indices, weight, vals, bias, target, needs_weight, needs_vals
+            )
+            weight_grad = grads[0] if needs_weight else None
+            vals_grad = grads[1] if needs_vals else None
+        if needs_bias:
+            bias_grad = (suffix.sum(0) * scale).to(bias.dtype)
+        if needs_target:
+            target_grad = (suffix * -scale).to(target.dtype)
+        return None, weight_grad, vals_grad, bias_grad, target_grad, None
+
+
+def triton_hierarchical_sae_loss(
+    indices: torch.Tensor,
+    weight: torch.Tensor,
+    vals: torch.Tensor,
+    bias: torch.Tensor,
+    target: torch.Tensor,
+) -> torch.Tensor:
+    """Mean squared error of the reconstructions from the first 1, 2, .., K features of each sample, fused.
+
+    ``loss = mean over b, j, d of (bias + sum_{i <= j} vals[b, i] * weight[indices[b, i]] - target[b])[d] ** 2``, the
+    HierarchicalTopK objective of arXiv 2505.24473, section 3, over all budgets 1..K. The order of the columns matters:
+    column 0 is the most important feature. Pass ``torch.topk(..., sorted=True)`` output.
+
+    Args:
+        indices: ``[B, K]`` int32 or int64, the active features of each sample, most important first, in ``[0, F)``.
+            One out of range touches no memory and makes the loss and the gradients of its sample's vals NaN;
+            ``FLEX_SAE_CHECK_INDICES=1`` in the environment raises IndexError instead, at the cost of a device
+            synchronisation.
+        weight: ``[F, D]``, the decoder. Rows with unit stride are read in place, also of a slice; another layout, such
+            as the transpose of an ``nn.Linear`` weight, costs a copy of weight in the forward and in the backward pass.
+        vals: ``[B, K]``, the activations.
+        bias: ``[D]``.
+        target: ``[B, D]``, what to reconstruct.
+
+    weight, vals, bias and target are float16, bfloat16, float32 or float64 in any mixture. Sums are float32, or float64
+    if any of the four is, and are rounded once, where they are stored.
+
+    Returns:
+        0-dim float32 (float64 if any input is) tensor, differentiable once in weight, vals, bias and target. Loss and
+        gradients of bias and target are the same bits every run; so are those of weight and vals under
+        ``torch.use_deterministic_algorithms(True)``, which takes up to twice the time and 128 MiB or
+        ``B * K * 256`` bytes of scratch, whichever is more. Tensors on a CPU go to `hierarchical_sae_loss`.
+
+    Raises:
+        TypeError: an argument is no tensor or has another dtype.
+        ValueError: shapes or devices do not fit together.
+    """
+    check_inputs(indices, weight, vals, bias, target)
+    if not runs_triton(indices):
+        return hierarchical_sae_loss(indices, weight, vals, bias, target)
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (weight, vals, bias, target))
+    return HierarchicalSAELoss.apply(indices, weight, vals, bias, target, needs_grad)
+
+
+def hierarchical_sae_loss(
+    indices: torch.Tensor,
+    weight: torch.Tensor,
+    vals: torch.Tensor,
+    bias: torch.Tensor,
+    target: torch.Tensor,
+) -> torch.Tensor:
+    """`triton_hierarchical_sae_loss` in plain torch, on any device: the same arguments, semantics and errors.
+
+    It holds ``[B, K, D]`` numbers several times over and leaves the gradients to autograd.
+    """
+    check_inputs(indices, weight, vals, bias, target)
+    dtype = compute_dtype(weight, vals, bias, target)
+    rows, vals = select(indices, weight, vals, dtype)
+    recons = bias.to(dtype) + (vals.unsqueeze(-1) * rows).cumsum(1)
+    return (recons - target.to(dtype).unsqueeze(1)).square().mean()
