@@ -34,7 +34,7 @@ class TargetOnly:
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 # The first is compiled; the others differ in their factors of 16, in being 1, and in the bits that hold a feature.
-SIZES = ((64, 256), (63, 256), (1, 256), (64, 255), (48, 1), (1000, 512), (64, 2**16 + 1))
+SIZES = ((64, 256), (63, 256), (1, 256), (64, 255), (48, 1), (1000, 512), (4096, 256), (64, 2**16 + 1))
 
 
 def launch_everything(ops, dtype, B, F):

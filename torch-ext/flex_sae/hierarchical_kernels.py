@@ -43,15 +43,19 @@ from .pairs import load_pairs, new_pieces, order_pairs, sum_pairs, sum_pieces
 # Steps of a forward tile. Of 4 to 32 on an H200 (B=4096, F=65536, D=2304) the best at K=128, by 18% in float32 and by
 # 19% in bfloat16.
 _FORWARD_BLOCK_K = 32
-# Steps of a tile that writes to scratch, of up to 64 columns (float32) and of 128 (bfloat16, float16). Of 4 to 32 on an
-# H200 at K=128: 32 is the best in float32, by 8%; in bfloat16 all are within 6%, and 32 spills registers.
+# A tile that writes to scratch takes this much of a row: 64 columns of float32, 128 of float16 (bfloat16 weight).
+_SCRATCH_ROW_BYTES = 256
+# Steps of such a tile of up to 64 columns, and of 128. Of 4 to 32 on an H200 at K=128: 32 is the best for float32, by
+# 8%; for bfloat16 all are within 6%, and 32 spills registers.
 _SCRATCH_BLOCK_K, _WIDE_SCRATCH_BLOCK_K = 32, 8
 # Steps and columns of a tile that adds to d weight atomically. Of 4 to 32 steps and 16 to 128 columns on an H200, the
 # best or within 1% of it at B=4096 and 8192, K=32 and 128: with more columns d weight leaves the L2 cache, with fewer
 # the work on indices counts.
 _ATOMIC_BLOCK_K, _ATOMIC_BLOCK_D = 8, 64
-# Bytes of scratch for the suffix sums. Less means more launches; S_i of 64 columns are the least.
-_SCRATCH_BYTES = 2**27
+# Bytes of scratch for each sample, or a tile's row for each pair if that is more: 128 MiB at B=4096. It counts samples
+# and not bytes in all because the width of scratch decides the shape of kernels, which B must not. Less means more
+# launches.
+_SCRATCH_BYTES = 2**15
 
 
 # weight_stride is not specialised. Only ALIGN, the columns that each of the 32 lanes of a warp takes, tells the
@@ -118,13 +122,13 @@ def _hierarchical_forward_kernel(
 
 @triton.jit(do_not_specialize=["B", "F", "weight_stride", "scratch_stride", "first_tile"])
 def _hierarchical_backward_kernel(
-    weight_grad_ptr,  # [F, D], zeros to add to, or None
+    weight_sums_ptr,  # [F, D], zeros to add to, or None
     scratch_ptr,  # [B * K, scratch_stride], for the S_i of the launch's columns in units, or None
     slots_ptr,  # [B, K], the row of scratch for each pair
     units_ptr,  # [B], or None for units of 1
-    vals_grad_ptr,  # [B, K], zeros to add to; unless ATOMIC [tiles, B, K], to which launches add in turn; or None
+    vals_sums_ptr,  # [B, K], zeros to add to; unless ATOMIC [tiles, B, K], to which launches add in turn; or None
     suffix_ptr,  # [B, D], S_0
-    scale_ptr,  # [1], c
+    scale_ptr,  # 0-dim, c
     indices_ptr,  # [B, K]
     weight_ptr,  # [F, D]
     vals_ptr,  # [B, K]
@@ -175,10 +179,10 @@ def _hierarchical_backward_kernel(
 
         exists = steps < K
         pair = b * K + steps
-        if weight_grad_ptr is not None:
+        if weight_sums_ptr is not None:
             contribution = (scale * val)[:, None] * suffixes
             tl.atomic_add(
-                weight_grad_ptr + (feature * D)[:, None] + cols[None, :], contribution, mask=mask, sem="relaxed"
+                weight_sums_ptr + (feature * D)[:, None] + cols[None, :], contribution, mask=mask, sem="relaxed"
             )
         if scratch_ptr is not None:
             slot = tl.load(slots_ptr + pair, mask=exists, other=0).to(tl.int64)
@@ -189,12 +193,12 @@ def _hierarchical_backward_kernel(
                 mask=exists[:, None] & in_row[None, :],
                 eviction_policy="evict_first",  # the L2 cache is for weight
             )
-        if vals_grad_ptr is not None:
+        if vals_sums_ptr is not None:
             dot = scale * tl.sum(weight * suffixes, axis=1)
             if ATOMIC:
-                tl.atomic_add(vals_grad_ptr + pair, dot, mask=exists, sem="relaxed")
+                tl.atomic_add(vals_sums_ptr + pair, dot, mask=exists, sem="relaxed")
             else:
-                share_ptr = vals_grad_ptr + tile * B * K + pair
+                share_ptr = vals_sums_ptr + tile * B * K + pair
                 if first_tile > 0:
                     dot += tl.load(share_ptr, mask=exists, other=0.0)
                 tl.store(share_ptr, dot, mask=exists)
@@ -236,7 +240,7 @@ def _hierarchical_forward(
             D,
             NEEDS_SUFFIX=needs_suffix,
             EVEN_K=K % block_k == 0,
-            ALIGN=_align(block_d, weight.stride(0)),
+            ALIGN=_align(weight, max(1, block_d // 32)),
             BLOCK_K=block_k,
             BLOCK_D=block_d,
             num_warps=1,
@@ -244,8 +248,9 @@ def _hierarchical_forward(
     return shares.sum(), suffix, shares
 
 
-def _align(block_d, *strides):
-    return math.gcd(max(1, block_d // 32), *strides)
+def _align(weight, columns):
+    """The alignment of rows of weight that lets each lane take this many columns at a time."""
+    return math.gcd(weight.stride(0), columns)
 
 
 def _hierarchical_backward(
@@ -265,11 +270,22 @@ def _hierarchical_backward(
     weight, target = unit_stride_rows(weight), unit_stride_rows(target)
     indices, vals, bias = indices.contiguous(), vals.contiguous(), bias.contiguous()
     ordered = torch.are_deterministic_algorithms_enabled() or (needs_weight and weight.dtype != dtype)
-    weight_grad = vals_sums = None
 
-    def launch(scratch, slots, units, first_column, columns, align, block_k, block_d):
+    def launch(
+        *,
+        first_column,
+        columns,
+        block_k,
+        block_d,
+        align,
+        vals_sums,
+        weight_sums=None,
+        scratch=None,
+        slots=None,
+        units=None,
+    ):
         _hierarchical_backward_kernel[(B, triton.cdiv(min(columns, D - first_column), block_d))](
-            None if ordered else weight_grad,
+            weight_sums,
             scratch,
             slots,
             units,
@@ -296,49 +312,69 @@ def _hierarchical_backward(
             num_warps=1,
         )
 
+    weight_grad, vals_grad = weight.new_empty(0), vals.new_empty(0)
     with device_of(weight):
         if not ordered:
-            weight_grad = weight.new_zeros(F, D) if needs_weight else None
-            vals_sums = suffix.new_zeros(1, B, K) if needs_vals else None
-            # 16 bytes a lane: then 16 lanes cover a row, and two rows share the shuffles of the dot products.
-            align = math.gcd(4, weight.stride(0))
-            launch(None, None, None, 0, D, align, _ATOMIC_BLOCK_K, min(_ATOMIC_BLOCK_D, triton.next_power_of_2(D)))
-        else:
-            block_d = tile_columns(weight, dtype)
-            block_k = _SCRATCH_BLOCK_K if block_d <= 64 else _WIDE_SCRATCH_BLOCK_K
-            align = _align(block_d, weight.stride(0))
-            # A gradient that keeps 8 bits, bfloat16, needs no more than 11 bits of S_i. float16 has them, in fit units.
-            narrow = weight.dtype == torch.bfloat16 and dtype == torch.float32
-            scratch_dtype = torch.float16 if narrow else dtype
-            # The widest power of two that fits.
-            columns = max(block_d, _SCRATCH_BYTES // (B * K * scratch_dtype.itemsize))
-            columns = min(1 << (columns.bit_length() - 1), triton.next_power_of_2(D))
-            vals_sums = suffix.new_empty(triton.cdiv(min(columns, D), block_d), B, K) if needs_vals else None
-            scratch = slots = units = None
             if needs_weight:
-                weight_grad = weight.new_empty(F, D)
-                scratch = suffix.new_empty(B * K, columns, dtype=scratch_dtype)
-                units = _units(shares, K, D) if narrow else None
-                pairs = order_pairs(indices, vals, F, dtype, want_slots=True, units=units)
-                slots, pieces = pairs.slots, new_pieces(pairs, D)
-            for first_column in range(0, D, columns):
-                launch(scratch, slots, units, first_column, columns, align, block_k, block_d)
-                if needs_weight:
-                    sum_pairs(pairs, scratch, weight, scale, weight_grad, pieces, first_column=first_column)
+                weight_grad = weight.new_zeros(F, D)
+            vals_sums = suffix.new_zeros(B, K) if needs_vals else None
+            launch(
+                first_column=0,
+                columns=D,
+                block_k=_ATOMIC_BLOCK_K,
+                block_d=min(_ATOMIC_BLOCK_D, triton.next_power_of_2(D)),
+                # 16 bytes a lane: then 16 lanes cover a row, and two rows share the shuffles of the dot products.
+                align=_align(weight, 4),
+                vals_sums=vals_sums,
+                weight_sums=weight_grad if needs_weight else None,
+            )
+            if needs_vals:
+                vals_grad = vals_sums.to(vals.dtype)
+            return weight_grad, vals_grad
+
+        # A gradient that keeps 8 bits, bfloat16, needs no more than 11 bits of S_i. float16 has them, in fit units.
+        narrow = weight.dtype == torch.bfloat16 and dtype == torch.float32
+        scratch_dtype = torch.float16 if narrow else dtype
+        block_d = min(_SCRATCH_ROW_BYTES // scratch_dtype.itemsize, triton.next_power_of_2(D))
+        # The widest power of two that fits.
+        columns = max(block_d, _SCRATCH_BYTES // (K * scratch_dtype.itemsize))
+        columns = min(1 << (columns.bit_length() - 1), triton.next_power_of_2(D))
+        vals_sums = suffix.new_empty(triton.cdiv(min(columns, D), block_d), B, K) if needs_vals else None
+        scratch = slots = units = None
+        if needs_weight:
+            weight_grad = weight.new_empty(F, D)
+            scratch = suffix.new_empty(B * K, columns, dtype=scratch_dtype)
+            units = _units(shares, K, D) if narrow else None
+            pairs = order_pairs(indices, vals, F, dtype, want_slots=True, units=units)
+            slots, pieces = pairs.slots, new_pieces(pairs, D)
+        for first_column in range(0, D, columns):
+            launch(
+                first_column=first_column,
+                columns=columns,
+                block_k=_SCRATCH_BLOCK_K if block_d <= 64 else _WIDE_SCRATCH_BLOCK_K,
+                block_d=block_d,
+                align=_align(weight, max(1, block_d // 32)),
+                vals_sums=vals_sums,
+                scratch=scratch,
+                slots=slots,
+                units=units,
+            )
             if needs_weight:
-                sum_pieces(pairs, pieces, scale, weight_grad)
-    return (
-        weight_grad if needs_weight else weight.new_empty(0),
-        vals_sums.sum(0).to(vals.dtype) if needs_vals else vals.new_empty(0),
-    )
+                sum_pairs(pairs, scratch, weight, scale, weight_grad, pieces, first_column=first_column)
+        if needs_weight:
+            sum_pieces(pairs, pieces, scale, weight_grad)
+        if needs_vals:
+            vals_grad = vals_sums.sum(0).to(vals.dtype)
+    return weight_grad, vals_grad
 
 
 def _units(shares, K, D):
     """For each sample a unit in which its S_i fit float16: they are at most 2**15 units, as by Cauchy-Schwarz
     |S_i| <= sum_j |r_j| <= sqrt(K sum_j |r_j|^2), and far from the smallest float16."""
     tiles, B = shares.shape
-    # What a share lost to underflow is less than the smallest normal number.
-    losses = shares.sum(0).clamp_min(tiles * torch.finfo(shares.dtype).tiny)
+    # What a share lost to underflow is less than the smallest normal number. One that overflowed is infinite.
+    limits = torch.finfo(shares.dtype)
+    losses = shares.sum(0).clamp(tiles * limits.tiny, limits.max)
     return losses.sqrt() * (math.sqrt(B * K * D * K) / 2**15)
 
 
@@ -424,13 +460,16 @@ def triton_hierarchical_sae_loss(
         target: ``[B, D]``, what to reconstruct.
 
     weight, vals, bias and target are float16, bfloat16, float32 or float64 in any mixture. Sums are float32, or float64
-    if any of the four is, and are rounded once, where they are stored.
+    if any of the four is, and are rounded once, where they are stored. Where weight is bfloat16 and sums are float32,
+    the S_i in its gradient are rounded to 11 bits before, three more than the gradient keeps (to fewer below 1e-8 of
+    the largest that the sample can have).
 
     Returns:
         0-dim float32 (float64 if any input is) tensor, differentiable once in weight, vals, bias and target. Loss and
         gradients of bias and target are the same bits every run; so are those of weight and vals under
-        ``torch.use_deterministic_algorithms(True)``, which takes up to twice the time and 128 MiB or
-        ``B * K * 256`` bytes of scratch, whichever is more. Tensors on a CPU go to `hierarchical_sae_loss`.
+        ``torch.use_deterministic_algorithms(True)``, which takes up to twice the time. That way, and wherever weight is
+        narrower than sums, ``B * max(32768, 256 * K)`` bytes of scratch are taken. Tensors on a CPU go to
+        `hierarchical_sae_loss`.
 
     Raises:
         TypeError: an argument is no tensor or has another dtype.

@@ -27,6 +27,8 @@ _MIN_WINDOW = 256
 _MAX_WINDOWS = 2048
 # Pairs of a program, four warps, of the kernels that only move pairs: 2% of a step together.
 _FLAT_BLOCK = 1024
+# Positions in the order are int32 below this many pairs: then those a window past the last pair still fit.
+_MAX_INT32_PAIRS = 2**30
 # torch.sort takes at most this many elements along a dimension.
 _MAX_SORT = 2**31 - 1
 
@@ -106,7 +108,7 @@ def _sum_pairs_kernel(
     features_ptr,  # [P], ascending
     ends_ptr,  # [F]
     weight_ptr,  # [F, D]
-    scale_ptr,  # [1]
+    scale_ptr,  # 0-dim
     rows_stride,
     weight_stride,
     D,
@@ -180,7 +182,7 @@ def _sum_pieces_kernel(
     pieces_ptr,  # [2 * windows, D]
     features_ptr,  # [P], ascending
     ends_ptr,  # [F]
-    scale_ptr,  # [1]
+    scale_ptr,  # 0-dim
     D,
     P,
     window,
@@ -210,7 +212,7 @@ def _scatter_dots_kernel(
     vals_grad_ptr,  # [B * K]
     dots_ptr,  # [tiles, P]
     order_ptr,  # [P]
-    scale_ptr,  # [1]
+    scale_ptr,  # 0-dim
     P,
     tiles,
     BLOCK: tl.constexpr,
@@ -253,7 +255,7 @@ def order_pairs(
     coefs = torch.empty(P, dtype=dtype, device=device)
     samples = slots = None
     if want_slots:
-        slots = torch.empty(P, dtype=torch.int32 if P < 2**31 else torch.int64, device=device)
+        slots = torch.empty(P, dtype=torch.int32 if P < _MAX_INT32_PAIRS else torch.int64, device=device)
     else:
         samples = torch.empty(P, dtype=torch.int32, device=device)
     _gather_pairs_kernel[(triton.cdiv(P, _FLAT_BLOCK),)](
@@ -271,7 +273,7 @@ def _sort_by_feature(indices, F):
     for part in indices.split(_MAX_SORT):
         keys, order = torch.sort((part.clamp(0, F - 1) + lowest).to(dtype), stable=True)
         orders.append(order)
-        ends.append(torch.searchsorted(keys, features, right=True, out_int32=indices.numel() < 2**31))
+        ends.append(torch.searchsorted(keys, features, right=True, out_int32=indices.numel() < _MAX_INT32_PAIRS))
     return (orders[0], ends[0]) if len(orders) == 1 else _merge(orders, ends)
 
 

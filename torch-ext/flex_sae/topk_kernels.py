@@ -131,7 +131,9 @@ def _topk_backward(
     """The gradients of weight [F, D] and vals [B, K], an empty tensor for the one that is not needed."""
     weight_grad = weight.new_empty(weight.shape if needs_weight else (0,))
     vals_grad = vals.new_empty(vals.shape if needs_vals else (0,))
-    weight, F, D = unit_stride_rows(weight), *weight.shape
+    F, D = weight.shape
+    if needs_vals:
+        weight = unit_stride_rows(weight)
     with device_of(weight):
         pairs = order_pairs(indices.contiguous(), vals.contiguous(), F, residual.dtype, want_slots=False)
         pieces = new_pieces(pairs, D) if needs_weight else None
