@@ -1,0 +1,53 @@
+"""For `kernels benchmark .`: each loss alone and with its gradients, on a GPU or a CPU (where it is the reference)."""
+
+import torch
+from kernels.benchmark import Benchmark
+
+
+class _Loss:  # no Benchmark itself: `kernels benchmark` runs every class that is one
+    seed = 0
+    name: str
+
+    def setup(self) -> None:
+        # Real sizes on a GPU; on a CPU what the reference gets through in milliseconds.
+        B, K, F, D = (128, 16, 4096, 256) if self.device == "cpu" else (4096, 64, 65536, 2304)
+        self.loss, self.reference = (getattr(self.kernel, f"{prefix}{self.name}") for prefix in ("triton_", ""))
+        self.indices = torch.randint(F, (B, K), device=self.device)
+        vals = torch.rand(B, K, device=self.device).sort(dim=1, descending=True).values
+        self.leaves = [
+            tensor.requires_grad_()
+            for tensor in (
+                torch.randn(F, D, device=self.device).div_(D**0.5),
+                vals,
+                torch.randn(D, device=self.device),
+            )
+        ]
+        self.target = torch.randn(B, D, device=self.device)
+
+    def _gradients(self, function):
+        # grad_out = B * D makes the gradients of vals about 1, where the runner's tolerance of 0.01 means something.
+        loss = function(self.indices, *self.leaves, self.target)
+        _, vals_grad, _ = torch.autograd.grad(loss, self.leaves, torch.full_like(loss, self.target.numel()))
+        return vals_grad
+
+    def benchmark_loss(self):
+        with torch.no_grad():
+            self.out = self.loss(self.indices, *self.leaves, self.target)
+
+    def verify_loss(self) -> torch.Tensor:
+        with torch.no_grad():
+            return self.reference(self.indices, *self.leaves, self.target)
+
+    def benchmark_step(self):
+        self.out = self._gradients(self.loss)
+
+    def verify_step(self) -> torch.Tensor:
+        return self._gradients(self.reference)
+
+
+class TopKBenchmark(_Loss, Benchmark):
+    name = "topk_sae_loss"
+
+
+class HierarchicalBenchmark(_Loss, Benchmark):
+    name = "hierarchical_sae_loss"

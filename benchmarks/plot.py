@@ -1,0 +1,138 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["matplotlib"]
+# ///
+"""Draw benchmarks/results/*.svg from the files that benchmarks/run.py wrote beside them.
+
+python benchmarks/plot.py
+"""
+
+import matplotlib
+
+matplotlib.use("svg")
+import matplotlib.pyplot as plt
+from table import AXES, LOSSES, MODES, RESULTS, along, load, relative_cost
+
+# Mid-tones, at least 3.5 to 1 against white and against GitHub's dark background alike.
+INK = "#767d86"
+COLOURS = ("#2f81f7", "#db6d28", "#8957e5", "#2c974b", "#bf4b8a", "#9a7b1c", "#768390")
+STYLE = {
+    "svg.hashsalt": "flex_sae",  # the same file for the same results
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "legend.frameon": False,
+    "lines.marker": "o",
+    "lines.markersize": 4,
+    **dict.fromkeys(
+        [
+            "text.color",
+            "axes.labelcolor",
+            "axes.edgecolor",
+            "axes.titlecolor",
+            "xtick.color",
+            "ytick.color",
+            "grid.color",
+        ],
+        INK,
+    ),
+}
+
+
+def save(figure, name: str) -> None:
+    figure.savefig(RESULTS / name, transparent=True, metadata={"Date": None, "Creator": None})
+    print(RESULTS / name)
+
+
+def colours(records: list[dict]) -> dict[str, str]:
+    """A colour for every row, the package's first."""
+    return dict(zip(dict.fromkeys(record["row"] for record in records), COLOURS, strict=False))
+
+
+def label_sizes(axes, sizes: list[int]) -> None:
+    """Ticks at the measured sizes, on a logarithmic axis."""
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sizes, [f"{size // 1024}Ki" if size % 1024 == 0 else str(size) for size in sizes], rotation=45)
+    axes.minorticks_off()
+
+
+def training() -> None:
+    """Time and peak memory of a training step against K."""
+    records = [r for r in load("readme")["records"] if r["mode"] == "adam" and "ms" in r]
+    colour = colours(records)
+    figure, grid = plt.subplots(2, 2, figsize=(8, 6), sharex=True, layout="constrained")
+    figure.suptitle("A training step with Adam, B={B} F={F} D={D}".format(**records[0]))
+    quantities = (("ms", 1, "time (ms)"), ("total_mib", 1024, "peak memory (GiB)"))
+    for line, (key, unit, label) in zip(grid, quantities, strict=True):
+        for axes, loss in zip(line, LOSSES, strict=True):
+            for row in colour:
+                for dtype, style in (("float32", "-"), ("bfloat16", ":")):
+                    chosen = [r for r in records if (r["loss"], r["row"], r["dtype"]) == (loss, row, dtype)]
+                    values = [r[key] / unit for r in chosen]
+                    axes.plot([r["K"] for r in chosen], values, style, color=colour[row], label=f"{row}, {dtype}")
+            label_sizes(axes, sorted({r["K"] for r in records}))
+            axes.set(title=LOSSES[loss], xlabel="K", ylabel=label, ylim=(0, None))
+    grid[0, 0].legend()
+    save(figure, "training.svg")
+
+
+def ceiling() -> None:
+    """The fraction of what the memory system allows, in every case of the targets suite."""
+    records = [r for r in load("targets")["records"] if "fraction" in r]
+    colour = colours(records)
+    cases = {}
+    for record in sorted(records, key=lambda r: (list(LOSSES).index(r["loss"]), list(MODES).index(r["mode"]))):
+        name = "{} {dtype} {distribution} B={B} K={K}, {}".format(
+            LOSSES[record["loss"]], MODES[record["mode"]], **record
+        )
+        cases.setdefault(name, []).append(record)
+    figure, axes = plt.subplots(figsize=(9, 0.9 + 0.23 * len(cases)), layout="constrained")
+    for y, rows in enumerate(cases.values()):
+        for record in rows:
+            row = record["row"]
+            axes.plot(record["fraction"], y, "o" if row == "flex_sae" else "d", color=colour[row], label=row)
+    handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    axes.legend(handles.values(), handles.keys(), loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(handles))
+    axes.set_yticks(range(len(cases)), cases, fontsize=8)
+    axes.set(xlabel="fraction of the ceiling measured in the same run", xlim=(0, None))
+    axes.axvline(1, color=INK, linewidth=1)
+    axes.invert_yaxis()
+    save(figure, "ceiling.svg")
+
+
+def scaling() -> None:
+    """Time, and time a byte moved, along each axis."""
+    records = load("scaling")["records"]
+    costs = relative_cost(records)
+    figure, grid = plt.subplots(2, len(AXES), figsize=(12, 5.5), sharex="col", sharey="row", layout="constrained")
+    figure.suptitle("Forward + backward around B={B} K={K} F={F} D={D}, float32".format(**records[0]))
+    dense = [r for r in records if r["row"] == "dense" and "ms" in r]
+    for column, axis in enumerate(AXES):
+        time, cost = grid[:, column]
+        for loss, colour in zip(LOSSES, COLOURS, strict=False):
+            chosen = [r for r in along(axis, costs) if r["loss"] == loss]
+            sizes = [r[axis] for r in chosen]
+            time.plot(sizes, [r["ms"] for r in chosen], color=colour, label=LOSSES[loss])
+            cost.plot(sizes, [r["cost"] for r in chosen], color=colour)
+        if axis == "F":
+            chosen = along(axis, dense)
+            time.plot(
+                [r[axis] for r in chosen], [r["ms"] for r in chosen], color=COLOURS[2], label="TopK, dense matmul"
+            )
+        time.set_yscale("log")
+        cost.set(xlabel=axis, ylim=(0, None))
+        label_sizes(cost, sorted({r[axis] for r in along(axis, costs)}))
+    grid[0, 0].set_ylabel("time (ms)")
+    grid[1, 0].set_ylabel("time a byte moved,\nrelative to the best point")
+    grid[0, AXES.index("F")].legend()
+    save(figure, "scaling.svg")
+
+
+if __name__ == "__main__":
+    with plt.rc_context(STYLE):
+        training()
+        ceiling()
+        scaling()

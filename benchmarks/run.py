@@ -1,0 +1,644 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["kernels>=0.17,<0.18", "torch>=2.11", "numpy>=2", "tqdm"]
+# ///
+"""Time the losses of this checkout beside other ways to compute them, on a GPU.
+
+    python benchmarks/run.py --suite targets --json benchmarks/results/targets.json [--baseline DIR]
+
+Every row is compared with float64 before it is timed, and what is wrong is not timed. Rows take turns, on inputs that
+rotate and behind an emptied L2 cache, and the figure is the median of CUDA events. benchmarks/table.py and
+benchmarks/plot.py read the results.
+"""
+
+import argparse
+import importlib
+import importlib.util
+import itertools
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+import types
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+import triton
+import triton.language as tl
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+DEVICE = "cuda"
+LOSSES = ("topk", "hierarchical")
+PEERS = {
+    "topk": ("torch eager", "torch.compile", "embedding_bag", "dense"),
+    "hierarchical": ("torch eager", "torch.compile"),
+}
+
+# Relative Frobenius errors of loss and gradients. float32: several times what a float32 sum of 512 terms loses.
+# bfloat16: a few roundings of 2**-9. Leaving out one of 4096 samples changes a gradient by 1.6e-2.
+BOUNDS = {"float32": 2e-5, "bfloat16": 1e-2}
+
+# Three input sets: no step sees the indices, vals or target of the one before.
+SETS = 3
+# A row is sampled for about this long, so that a slow one gets few samples and the suite stays short.
+SAMPLING_MS = 150
+SAMPLES = (3, 100)
+
+# Bytes that a method must move, by loss and mode: e is the element size, R = min(F, B K) bounds the rows of weight in
+# use. And the floor that the ceilings of the same run set for it, each pass hiding all but its slowest part: gather and
+# atomic are the times (ms) of one pass over the pairs (i, k), copy is in bytes per ms.
+TRAFFIC = {
+    # weight rows gathered
+    ("topk", "forward"): ("B*K*D*e", "gather"),
+    # and residuals gathered by feature, weight read again for d vals, d weight written
+    ("topk", "step"): ("2*B*K*D*e + (R + F)*D*e", "gather + max(gather, (R + F)*D*e / copy)"),
+    ("hierarchical", "forward"): ("B*K*D*e", "gather"),
+    # gathered forward and backward, float32 atomics for every pair, d weight zeroed before
+    ("hierarchical", "step"): ("2*B*K*D*e + 4*B*K*D + F*D*e", "gather + F*D*e / copy + max(gather, atomic)"),
+    # no atomics: the pairs' contributions are written and read back, d weight written
+    ("hierarchical", "deterministic"): (
+        "4*B*K*D*e + F*D*e",
+        "gather + max(gather, B*K*D*e / copy) + (B*K + F)*D*e / copy",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    B: int
+    K: int
+    F: int
+    D: int
+    dtype: str = "float32"
+    distribution: str = "uniform"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of a suite. The modes:
+
+    forward        the loss under no_grad
+    step           loss and backward
+    deterministic  step under torch.use_deterministic_algorithms(True)
+    adam           step and torch.optim.Adam over weight and bias
+    wall           step as the host sees it: many in a row, then one synchronisation
+    graph          the replay of a captured step
+    """
+
+    shape: Shape
+    loss: str
+    mode: str
+    peers: tuple[str, ...] = ()
+
+
+def targets() -> list[Case]:
+    """The package's headline sizes, with every peer where dtype and distribution are plain."""
+    cases = []
+    for K in (32, 64, 128):
+        shape = Shape(4096, K, 65536, 2304)
+        cases += [Case(shape, loss, "step", PEERS[loss]) for loss in LOSSES]
+        if K != 64:
+            cases += [Case(shape, loss, "forward") for loss in LOSSES]
+            cases += [Case(shape, "hierarchical", "deterministic")]
+            cases += [Case(replace(shape, distribution="zipf"), loss, "step") for loss in LOSSES]
+            half = replace(shape, dtype="bfloat16")
+            cases += [Case(half, "topk", "step", ("embedding_bag", "dense")), Case(half, "hierarchical", "step")]
+            cases += [Case(half, "hierarchical", "deterministic")]
+        cases += [Case(replace(shape, B=8192), loss, "step") for loss in LOSSES]
+    return cases
+
+
+def readme() -> list[Case]:
+    """A training step: time and peak memory against the compiled references."""
+    cases = []
+    for K, dtype in itertools.product((32, 64, 128), BOUNDS):
+        shape = Shape(8192, K, 65536, 2304, dtype)
+        cases += [Case(shape, loss, mode, ("torch.compile",)) for mode in ("adam", "step") for loss in LOSSES]
+        cases += [Case(shape, "hierarchical", "deterministic")]
+    return cases
+
+
+# One axis at a time around the base point; sizes that are a multiple of nothing among them.
+SCALING_BASE = Shape(4096, 64, 65536, 2304)
+SCALING_AXES = {
+    "B": (256, 1000, 4096, 16384),
+    "K": (8, 50, 64, 128, 512),
+    "F": (8192, 50000, 65536, 262144, 1048576),
+    "D": (384, 1023, 2304, 2311, 4096, 8192),
+}
+
+
+def scaling() -> list[Case]:
+    """Each axis alone; the dense matmul where F decides whether it wins."""
+    shapes = {SCALING_BASE: ("dense",)}
+    for axis, sizes in SCALING_AXES.items():
+        for size in sizes:
+            shapes.setdefault(replace(SCALING_BASE, **{axis: size}), ("dense",) if axis == "F" else ())
+    return [
+        Case(shape, loss, "step", peers if loss == "topk" else ()) for shape, peers in shapes.items() for loss in LOSSES
+    ]
+
+
+def small() -> list[Case]:
+    """A step that is over before the host has launched it."""
+    shape = Shape(256, 32, 16384, 768)
+    return [Case(shape, loss, mode, PEERS[loss]) for mode in ("wall", "graph") for loss in LOSSES]
+
+
+SUITES = {suite.__name__: suite for suite in (targets, readme, scaling, small)}
+
+
+def quick(case: Case) -> Case:
+    """The same line at a size that only shows that it runs."""
+    shape = case.shape
+    return replace(case, shape=replace(shape, B=max(64, shape.B // 16), F=shape.F // 16, D=max(64, shape.D // 4)))
+
+
+# Inputs and truth
+
+
+def make_indices(shape: Shape) -> torch.Tensor:
+    """K distinct features a row, [B, K] int64: all alike, or with probability proportional to 1 / rank (Zipf's law)."""
+    popularity = torch.ones(shape.F, device=DEVICE)
+    if shape.distribution == "zipf":
+        popularity /= 1 + torch.randperm(shape.F, device=DEVICE)
+    drawn = []
+    # 2**26 floats at a time: 256 MB instead of B * F.
+    rows = max(1, 2**26 // shape.F)
+    for start in range(0, shape.B, rows):
+        # The K first in a race of exponential clocks with these rates are K draws without replacement.
+        clocks = torch.empty(min(rows, shape.B - start), shape.F, device=DEVICE).exponential_().div_(popularity)
+        drawn.append(clocks.topk(shape.K, largest=False).indices)
+    indices = torch.cat(drawn)
+    # topk puts the popular features first; shuffled, the order of the columns favours nobody.
+    return indices.gather(1, torch.rand(indices.shape, device=DEVICE).argsort(1))
+
+
+class Inputs:
+    """weight and bias, and SETS times (indices, vals, target); weight, bias and vals require grad."""
+
+    def __init__(self, shape: Shape):
+        torch.manual_seed(0)
+        dtype = getattr(torch, shape.dtype)
+        self.weight = torch.randn(shape.F, shape.D, device=DEVICE, dtype=dtype).div_(shape.D**0.5).requires_grad_()
+        self.bias = torch.randn(shape.D, device=DEVICE, dtype=dtype).requires_grad_()
+        self.sets = []
+        for _ in range(SETS):
+            vals = torch.randn(shape.B, shape.K, device=DEVICE).abs_().sort(dim=1, descending=True).values
+            target = torch.randn(shape.B, shape.D, device=DEVICE, dtype=dtype)
+            self.sets.append((make_indices(shape), vals.to(dtype).requires_grad_(), target))
+
+    def leaves(self) -> list[torch.Tensor]:
+        return [self.weight, self.bias] + [vals for _, vals, _ in self.sets]
+
+    def clear(self) -> None:
+        for leaf in self.leaves():
+            leaf.grad = None
+
+    def step(self, function, i: int, optimizer=None) -> torch.Tensor:
+        """One step on set `i`, with backward and the optimiser unless grad mode is off."""
+        indices, vals, target = self.sets[i]
+        loss = function(indices, self.weight, vals, self.bias, target)
+        if loss.requires_grad:
+            loss.backward()
+            if optimizer is not None:
+                optimizer.step()
+        return loss.detach()
+
+
+@torch.no_grad()
+def truth(loss: str, inputs: Inputs) -> dict[str, torch.Tensor]:
+    """Loss and gradients of set 0 in float64, one step of K at a time so that nothing is larger than [F, D]."""
+    indices, vals, target = inputs.sets[0]
+    (B, K), D = indices.shape, target.shape[1]
+    v = vals.double()
+    start = inputs.bias.double() - target.double()
+    hierarchical = loss == "hierarchical"
+
+    residual, suffix, squares = start.clone(), torch.zeros_like(start), 0.0
+    for k in range(K):
+        residual.addcmul_(v[:, k, None], inputs.weight[indices[:, k]].double())
+        if hierarchical or k == K - 1:
+            suffix += residual
+            squares += residual.square().sum()
+    count = B * D * (K if hierarchical else 1)
+    want = {
+        "loss": squares / count,
+        "weight": torch.zeros(inputs.weight.shape, dtype=torch.float64, device=DEVICE),
+        "vals": torch.empty_like(v),
+        "bias": suffix.sum(0) * (2 / count),
+    }
+    residual = start
+    for k in range(K):
+        rows = inputs.weight[indices[:, k]].double()
+        want["weight"].index_add_(0, indices[:, k], suffix * v[:, k, None], alpha=2 / count)
+        want["vals"][:, k] = (rows * suffix).sum(1) * (2 / count)
+        if hierarchical:
+            suffix -= residual.addcmul_(v[:, k, None], rows)
+    return want
+
+
+class ParityError(Exception):
+    """A row computes something else."""
+
+
+def check(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor], bound: float) -> dict[str, float]:
+    """The relative Frobenius errors. Raises ParityError where one is beyond `bound` or not a number."""
+    errors = {}
+    for name, value in got.items():
+        difference = value.double().sub_(want[name])
+        errors[name] = (difference.norm() / want[name].norm()).item()
+    for name, error in errors.items():
+        if not error <= bound:
+            raise ParityError(f"{name} is off by {error:.1e}, allowed {bound:.0e}")
+    return errors
+
+
+# What is timed
+
+
+def load_package() -> types.ModuleType:
+    """Build this checkout and load it the way users do."""
+    sys.path.insert(0, str(ROOT / "scripts"))
+    build_local = importlib.import_module("build_local")
+    kernels = importlib.import_module("kernels")
+    build_local.build(ROOT / "build")
+    os.environ["LOCAL_KERNELS"] = f"t-tech/flex-sae={ROOT}"
+    return kernels.get_kernel("t-tech/flex-sae", version=1, trust_remote_code=True)
+
+
+def load_baseline(argument: str) -> tuple[str, types.ModuleType]:
+    """Load [NAME=]PATH: a file, a package, or a folder of modules, as one namespace with the public functions."""
+    label, _, path = argument.rpartition("=")
+    path = Path(path).resolve()
+    name = f"baseline_{len(sys.modules)}"  # a name of its own
+    init = path / "__init__.py"
+    if path.is_file() or init.is_file():
+        source, folders = (path, None) if path.is_file() else (init, [str(path)])
+        spec = importlib.util.spec_from_file_location(name, source, submodule_search_locations=folders)
+        module = sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    else:
+        module = sys.modules[name] = types.ModuleType(name)
+        module.__path__ = [str(path)]
+        for source in sorted(path.glob("*.py")):
+            names = vars(importlib.import_module(f"{name}.{source.stem}"))
+            vars(module).update({key: value for key, value in names.items() if key.startswith("triton_")})
+    if not any(hasattr(module, f"triton_{loss}_sae_loss") for loss in LOSSES):
+        sys.exit(f"{path} has neither triton_topk_sae_loss nor triton_hierarchical_sae_loss.")
+    return label or path.stem, module
+
+
+def embedding_bag_loss(indices, weight, vals, bias, target):
+    """TopK with the bag of embeddings that torch has a kernel for."""
+    recon = torch.nn.functional.embedding_bag(indices, weight, per_sample_weights=vals, mode="sum") + bias
+    return torch.nn.functional.mse_loss(recon, target)
+
+
+def dense_loss(indices, weight, vals, bias, target):
+    """TopK with the activations scattered into [B, F] and a matmul."""
+    acts = vals.new_zeros(len(vals), len(weight)).scatter(1, indices, vals)
+    return torch.nn.functional.mse_loss(torch.addmm(bias, acts, weight), target)
+
+
+def implementations(case: Case, package, baselines: dict) -> dict:
+    """The functions of a case's rows by name."""
+    name = f"triton_{case.loss}_sae_loss"
+    reference = getattr(package, f"{case.loss}_sae_loss")
+    peers = {
+        "torch eager": reference,
+        "torch.compile": torch.compile(reference, dynamic=False),
+        "embedding_bag": embedding_bag_loss,
+        "dense": dense_loss,
+    }
+    return {
+        "flex_sae": getattr(package, name),
+        **{label: getattr(module, name) for label, module in baselines.items() if hasattr(module, name)},
+        **{peer: peers[peer] for peer in case.peers},
+    }
+
+
+# Measuring
+
+
+def sample(steps: dict, prepare) -> dict[str, list[float]]:
+    """Milliseconds of every step, which has run before, taking turns; step(i) is on set i, prepare() is not timed."""
+    # Reading four times the L2 empties it and leaves no dirty lines for the step to write back.
+    flush = torch.zeros(torch.cuda.get_device_properties(DEVICE).L2_cache_size, device=DEVICE)
+    rounds, events = {}, {name: [] for name in steps}
+    for name, step in steps.items():
+        prepare()
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        step(1)
+        torch.cuda.synchronize()
+        rounds[name] = min(max(int(SAMPLING_MS / 1e3 / (time.perf_counter() - begin)), SAMPLES[0]), SAMPLES[1])
+    for i in range(max(rounds.values(), default=0)):
+        for name, step in steps.items():
+            if i < rounds[name]:
+                prepare()
+                flush.sum()
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start.record()
+                step(i % SETS)
+                end.record()
+                events[name].append((start, end))
+    torch.cuda.synchronize()
+    return {name: [start.elapsed_time(end) for start, end in pairs] for name, pairs in events.items()}
+
+
+def sample_wall(steps: dict, prepare) -> dict[str, list[float]]:
+    """Milliseconds of a step on the host's clock, by name: 15 batches of 20 steps, taking turns."""
+    times = {name: [] for name in steps}
+    for batch in range(16):
+        for name, step in steps.items():
+            torch.cuda.synchronize()
+            begin = time.perf_counter()
+            for i in range(20):
+                prepare()
+                step(i % SETS)
+            torch.cuda.synchronize()
+            if batch > 0:  # the first is warm-up
+                times[name].append((time.perf_counter() - begin) * 1e3 / 20)
+    return times
+
+
+@triton.jit
+def _gather_kernel(
+    indices_ptr,  # [B, K]
+    table_ptr,  # [F, D]
+    out_ptr,  # [B, D]
+    K,
+    D,
+    STEPS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    sample = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    total = tl.zeros([BLOCK_D], tl.float32)
+    for start in range(0, K, STEPS):
+        k = start + tl.arange(0, STEPS)
+        feature = tl.load(indices_ptr + sample * K + k, mask=k < K, other=0)
+        mask = (k < K)[:, None] & (columns < D)[None, :]
+        rows = tl.load(table_ptr + feature[:, None] * D + columns[None, :], mask=mask, other=0.0)
+        total += tl.sum(rows.to(tl.float32), axis=0)
+    tl.store(out_ptr + sample * D + columns, total, mask=columns < D)
+
+
+@triton.jit
+def _atomic_kernel(
+    indices_ptr,  # [B, K]
+    table_ptr,  # [F, D] float32
+    K,
+    D,
+    STEPS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    sample = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    for start in range(0, K, STEPS):
+        k = start + tl.arange(0, STEPS)
+        feature = tl.load(indices_ptr + sample * K + k, mask=k < K, other=0)
+        mask = (k < K)[:, None] & (columns < D)[None, :]
+        ones = tl.full([STEPS, BLOCK_D], 1.0, tl.float32)
+        tl.atomic_add(table_ptr + feature[:, None] * D + columns[None, :], ones, mask=mask, sem="relaxed")
+
+
+def measure_ceilings(inputs: Inputs) -> dict[str, float]:
+    """What bare memory traffic takes on these inputs: gather and atomic in ms a pass, copy in bytes per ms."""
+    (F, D), (B, K) = inputs.weight.shape, inputs.sets[0][0].shape
+    try:
+        out = torch.empty(B, D, device=DEVICE)
+        table = torch.zeros(F, D, device=DEVICE)
+        # 1 GiB, far larger than any cache
+        source, copied = torch.zeros(2, 2**28, device=DEVICE)
+    except torch.OutOfMemoryError:
+        return {}
+    # Samples fastest, chunks of columns slowest: a chunk of all rows stays in L2 while every sample walks it. One warp
+    # and chunks of 256 bytes were fastest in a sweep of 64 to 512 columns on an H200.
+    gather_block = 256 // inputs.weight.element_size()
+    meta = {"STEPS": 16, "num_warps": 1}
+
+    def gather(i):
+        grid = (B, triton.cdiv(D, gather_block))
+        _gather_kernel[grid](inputs.sets[i][0], inputs.weight, out, K, D, BLOCK_D=gather_block, **meta)
+
+    def atomic(i):
+        _atomic_kernel[(B, triton.cdiv(D, 64))](inputs.sets[i][0], table, K, D, BLOCK_D=64, **meta)
+
+    steps = {"gather": gather, "atomic": atomic, "copy": lambda i: copied.copy_(source)}
+    for step in steps.values():
+        step(0)  # compiles
+    times = {name: statistics.median(ms) for name, ms in sample(steps, prepare=lambda: None).items()}
+    return {**times, "copy": 2 * source.nbytes / times["copy"]}
+
+
+def measure_memory(inputs: Inputs, step, optimizer) -> dict[str, float]:
+    """Peaks of one step, MiB: beyond the inputs, beyond inputs and gradients, and in all with optimiser and inputs."""
+    inputs.clear()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    step(0)
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before
+    gradients = sum(leaf.grad.nbytes for leaf in inputs.leaves() if leaf.grad is not None)
+    state = optimizer.state.values() if optimizer else ()
+    held = [inputs.weight, inputs.bias, *inputs.sets[0]] + [moment for moments in state for moment in moments.values()]
+    return {
+        "beyond_inputs_mib": peak / 2**20,
+        "beyond_gradients_mib": (peak - gradients) / 2**20,
+        "total_mib": (peak + sum(tensor.nbytes for tensor in held)) / 2**20,
+    }
+
+
+def capture(inputs: Inputs, function):
+    """Capture one step on a set of its own; returns the graph, its loss and the index of that set."""
+    indices, vals, target = (tensor.detach().clone() for tensor in inputs.sets[1])
+    inputs.sets.append((indices, vals.requires_grad_(), target))
+    own = len(inputs.sets) - 1
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            inputs.clear()
+            inputs.step(function, own)
+    torch.cuda.current_stream().wait_stream(stream)
+    inputs.clear()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = inputs.step(function, own)
+    return graph, loss, own
+
+
+def prepare_row(case: Case, inputs: Inputs, function, want: dict, optimizer) -> tuple[dict, object]:
+    """Check a row; returns its errors and memory, and the step to time. Raises whatever the row raises."""
+    bound = BOUNDS[case.shape.dtype]
+
+    def results(loss, i=0):
+        gradients = {"weight": inputs.weight.grad, "vals": inputs.sets[i][1].grad, "bias": inputs.bias.grad}
+        return {"loss": loss, **{name: grad for name, grad in gradients.items() if grad is not None}}
+
+    def step(i):
+        return inputs.step(function, i, optimizer)
+
+    inputs.clear()
+    if case.mode == "graph":
+        graph, loss, own = capture(inputs, function)
+        with torch.no_grad():
+            for static, fresh in zip(inputs.sets[own], inputs.sets[0], strict=True):
+                static.copy_(fresh)
+        graph.replay()
+        return {"errors": check(results(loss, own), want, bound)}, lambda i: graph.replay()
+
+    first = results(step(0))
+    errors = check(first, want, bound)
+    if case.mode == "deterministic":
+        inputs.clear()
+        again = results(step(0))
+        if not all(torch.equal(first[name], again[name]) for name in first):
+            raise ParityError("not the same bits in a second run")
+        del again
+    del first
+    return {"errors": errors, **measure_memory(inputs, step, optimizer)}, step
+
+
+def run_case(case: Case, inputs: Inputs, functions: dict, want: dict, ceilings: dict) -> list[dict]:
+    """Check and time every row of a case. What a row raises becomes its status."""
+    # lr=0: the same work, and the weight stays the one that was checked
+    optimizer = torch.optim.Adam([inputs.weight, inputs.bias], lr=0.0) if case.mode == "adam" else None
+    records, steps = {}, {}
+    torch.use_deterministic_algorithms(case.mode == "deterministic")
+    with torch.set_grad_enabled(case.mode != "forward"):
+        for row, function in functions.items():
+            record = records[row] = {**asdict(case.shape), "loss": case.loss, "mode": case.mode, "row": row}
+            try:
+                measured, steps[row] = prepare_row(case, inputs, function, want, optimizer)
+                record.update(status="ok", **measured)
+            except torch.OutOfMemoryError:
+                record.update(status="out of memory")
+            except Exception as error:
+                status = "wrong" if isinstance(error, ParityError) else "failed"
+                record.update(status=status, detail=str(error).strip().partition("\n")[0])
+            inputs.clear()
+            torch.cuda.empty_cache()
+        timed = (sample_wall if case.mode == "wall" else sample)(steps, inputs.clear)
+    torch.use_deterministic_algorithms(False)
+    del inputs.sets[SETS:]
+
+    for row, times in timed.items():
+        lower, median, upper = statistics.quantiles(times, n=4)
+        records[row].update(
+            ms=median, ms_quartiles=[lower, upper], samples=len(times), **traffic(case, ceilings, median)
+        )
+    return list(records.values())
+
+
+def traffic(case: Case, ceilings: dict, ms: float) -> dict:
+    """Bytes and floor of a case, and what `ms` makes of them."""
+    if (case.loss, case.mode) not in TRAFFIC:
+        return {}
+    formula, floor_formula = TRAFFIC[case.loss, case.mode]
+    shape = case.shape
+    names = {**asdict(shape), "R": min(shape.F, shape.B * shape.K), "e": getattr(torch, shape.dtype).itemsize}
+    moved = eval(formula, names.copy())
+    record = {"bytes": moved, "bytes_formula": formula, "tb_s": moved / ms / 1e9}
+    if ceilings:
+        floor = eval(floor_formula, {**names, **ceilings, "max": max})
+        record.update(floor_ms=floor, floor_formula=floor_formula, fraction=floor / ms, ceilings=ceilings)
+    return record
+
+
+# The run
+
+
+def describe(record: dict) -> str:
+    """A record in one line."""
+    line = "{loss:12} {mode:13} {B:5} {K:3} {F:7} {D:4} {dtype:8} {distribution:7} {row:13}".format(**record)
+    if record["status"] != "ok":
+        return f"{line} {record['status']} {record.get('detail', '')}"
+    line += f" {record['ms']:8.3f} ms"
+    if "beyond_gradients_mib" in record:
+        line += f" {record['beyond_gradients_mib']:8.0f} MiB"
+    if "fraction" in record:
+        line += f" {record['tb_s']:5.2f} TB/s {record['fraction']:4.0%} of the ceiling"
+    return line
+
+
+def output_of(*command: str) -> str:
+    """What a command prints, or nothing where it does not run."""
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def environment() -> dict[str, str]:
+    # FLEX_SAE_COMMIT: for a copy of the checkout without its .git
+    commit = os.environ.get("FLEX_SAE_COMMIT") or output_of("git", "rev-parse", "HEAD") or "unknown"
+    if "FLEX_SAE_COMMIT" not in os.environ and output_of("git", "status", "--porcelain"):
+        commit += "-dirty"
+    driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return {
+        "command": " ".join(["python", os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]]),
+        "gpu": torch.cuda.get_device_name(),
+        "driver": driver.partition("\n")[0] or "unknown",
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "python": platform.python_version(),
+        "commit": commit,
+    }
+
+
+def run(suite: str, cases: list[Case], package, baselines: dict) -> dict:
+    """Run the cases; those of one shape stand together and share their inputs, truths and ceilings."""
+    records = []
+    with tqdm(total=len(cases), unit="case", dynamic_ncols=True, disable=None) as progress:
+        for shape, group in itertools.groupby(cases, key=lambda case: case.shape):
+            inputs, truths = Inputs(shape), {}
+            ceilings = measure_ceilings(inputs) if suite != "small" else {}
+            for case in group:
+                progress.set_description(f"{case.loss} {case.mode} {shape.B}x{shape.K} of {shape.F}x{shape.D}")
+                if case.loss not in truths:
+                    truths[case.loss] = truth(case.loss, inputs)
+                functions = implementations(case, package, baselines)
+                for record in run_case(case, inputs, functions, truths[case.loss], ceilings):
+                    records.append(record)
+                    progress.write(describe(record))
+                progress.update()
+            del inputs, truths
+            torch.cuda.empty_cache()
+    return {"suite": suite, **environment(), "records": records}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Time the losses of this checkout beside other ways to compute them.")
+    parser.add_argument("--suite", choices=SUITES, default="targets", help="what to run (default: %(default)s)")
+    parser.add_argument("--baseline", action="append", default=[], metavar="[NAME=]PATH", help="also time this code")
+    parser.add_argument("--quick", action="store_true", help="small sizes: see that everything runs")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("This benchmark needs a GPU that torch.cuda can see, and there is none here.", file=sys.stderr)
+        sys.exit(2)
+
+    # one compiled reference a shape, and a suite has more shapes than torch's limit of 8
+    torch._dynamo.config.recompile_limit = 1000
+    cases = SUITES[args.suite]()
+    if args.quick:
+        cases = [quick(case) for case in cases]
+    results = run(args.suite, cases, load_package(), dict(map(load_baseline, args.baseline)))
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(results, indent=1) + "\n")
+    if any(record["row"] == "flex_sae" and record["status"] in ("wrong", "failed") for record in results["records"]):
+        sys.exit("This package gave a wrong result or failed; see above.")
+
+
+if __name__ == "__main__":
+    main()
