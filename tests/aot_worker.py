@@ -37,27 +37,32 @@ DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 SIZES = ((64, 256), (63, 256), (1, 256), (64, 255), (48, 1), (1000, 512), (4096, 256), (64, 2**16 + 1))
 
 
-def launch_everything(ops, dtype, B, F):
+def launch_everything(flex, dtype, B, F):
     """Every launch of a training step, with both forms of the hierarchical gradient where a dtype has both."""
+    ops, pairs_module = flex._ops.ops, sys.modules[f"{flex.__name__}.pairs"]
     K, D = 32, 512
     accumulation = torch.promote_types(dtype, torch.float32)
     indices = torch.arange(B * K).view(B, K) % F
     weight, target = torch.empty(F, D, dtype=dtype), torch.empty(B, D, dtype=dtype)
     vals, bias = torch.empty(B, K, dtype=dtype), torch.empty(D, dtype=dtype)
     scale, state = torch.empty((), dtype=accumulation), torch.empty(B, D, dtype=accumulation)
-    shares = torch.empty(8, B, dtype=accumulation)
+    units = torch.empty(B if dtype == torch.bfloat16 else 0)
     for needs_grad in (True, False):
         ops.topk_forward(indices, weight, vals, bias, target, needs_grad)
         ops.hierarchical_forward(indices, weight, vals, bias, target, needs_grad)
-    ops.topk_backward(scale, state, indices, weight, vals, True, True)
-    for deterministic in (False, True):
-        torch.use_deterministic_algorithms(deterministic)
-        ops.hierarchical_backward(scale, state, shares, indices, weight, vals, bias, target, True, True)
-    torch.use_deterministic_algorithms(False)
+    whole, pairs_module._MAX_SORT = pairs_module._MAX_SORT, B * K - 1
+    ops.order_pairs(indices, vals, None, F, accumulation, False)  # merges two parts
+    pairs_module._MAX_SORT = whole
+    samples = ops.order_pairs(indices, vals, None, F, accumulation, False)
+    ops.topk_backward(scale, state, weight, vals, samples, True, True)
+    slots = ops.order_pairs(indices, vals, units if len(units) else None, F, accumulation, True)
+    for pairs in ([], slots) if dtype == accumulation else (slots,):
+        ordered = len(pairs) > 0
+        ops.hierarchical_backward(scale, state, units, indices, weight, vals, bias, target, pairs, ordered, True, True)
 
 
 def main(out):
-    ops = get_kernel("t-tech/flex-sae", version=1, trust_remote_code=True)._ops.ops
+    flex = get_kernel("t-tech/flex-sae", version=1, trust_remote_code=True)
     compiled = []
     run = JITFunction.run
 
@@ -72,7 +77,7 @@ def main(out):
         for dtype in DTYPES:
             for B, F in SIZES:
                 step = {"target": name, "dtype": str(dtype).removeprefix("torch."), "B": B, "F": F}
-                launch_everything(ops, dtype, B, F)
+                launch_everything(flex, dtype, B, F)
     kernels = []
     for kernel, facts in compiled:
         assembly = kernel.asm["amdgcn" if facts["target"].startswith("gfx") else "sass"]

@@ -40,6 +40,7 @@ def test_every_kernel_compiles_without_a_gpu(compiled, target):
         "_topk_forward_kernel",
         "_hierarchical_forward_kernel",
         "_hierarchical_backward_kernel",
+        "_merge_order_kernel",
         "_gather_pairs_kernel",
         "_sum_pairs_kernel",
         "_sum_pieces_kernel",

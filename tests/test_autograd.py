@@ -48,12 +48,29 @@ def saved_bytes(loss, problem):
 
 
 @pytest.mark.parametrize("kind", LOSSES)
-def test_a_training_step_keeps_one_tensor_the_size_of_target(flex, device, kind):
-    problem = make_problem(4, 3, 9, 33, device=device)
-    problem.weight.requires_grad_()
-    # The hierarchical loss also keeps its shares, of a sample and the 64 columns of a tile each.
-    shares = 4 * problem.target.element_size() if kind == "hierarchical" else 0
-    assert saved_bytes(triton_loss(flex, kind), problem) == problem.target.nbytes + shares
+@pytest.mark.parametrize("deterministic", [False, True], ids=["default", "deterministic"])
+@pytest.mark.parametrize("names", [("weight",), ("vals",), ("bias", "target")], ids="+".join)
+def test_a_training_step_keeps_one_tensor_the_size_of_target(flex, device, kind, deterministic, names):
+    B, K, F, D = 4, 3, 9, 33
+    problem = make_problem(B, K, F, D, device=device)
+    for name in names:
+        getattr(problem, name).requires_grad_()
+    # And the order of the pairs where it is needed: 20 bytes for each, 4 for each feature.
+    ordered = "weight" in names and deterministic if kind == "hierarchical" else names != ("bias", "target")
+    with deterministic_algorithms(deterministic):
+        saved = saved_bytes(triton_loss(flex, kind), problem)
+    assert saved == problem.target.nbytes + ordered * (20 * B * K + 4 * F)
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+@pytest.mark.parametrize("forward", [False, True])
+def test_deterministic_mode_may_change_between_forward_and_backward(flex, device, kind, forward):
+    problem = make_problem(5, 7, 9, 33, device=device, pattern="duplicates")
+    leaves = [tensor.clone().requires_grad_() for tensor in problem[1:]]
+    with deterministic_algorithms(forward):
+        loss = triton_loss(flex, kind)(problem.indices, *leaves)
+    with deterministic_algorithms(not forward):
+        assert_right(kind, problem, Result(loss.detach(), *torch.autograd.grad(loss, leaves)))
 
 
 @pytest.mark.parametrize("kind", LOSSES)
@@ -84,24 +101,32 @@ def test_without_gradients_no_state_is_written(flex, kind):
         assert torch.cuda.max_memory_allocated() - before < problem.target.nbytes / 2
 
 
-def op_arguments(device):
+def op_arguments(flex, device):
     """Arguments for each of the ops, as the autograd Functions pass them."""
     inputs = make_problem(3, 5, 7, 9, device=device, pattern="duplicates")
     indices, weight, vals, _, target = inputs
     scale, state = torch.tensor(0.1, device=device), torch.randn_like(target)
-    shares = torch.rand(1, 3, device=device)  # [tiles, B]
-    topk, hierarchical = (scale, state, indices, weight, vals), (scale, state, shares, *inputs)
+    none, units = torch.empty(0, device=device), torch.rand(len(vals), device=device)
+    for want_slots in (True, False):
+        yield "order_pairs", (indices, vals, units if want_slots else None, len(weight), torch.float32, want_slots)
+    samples, slots = (
+        flex._ops.ops.order_pairs(indices, vals, None, len(weight), torch.float32, slots) for slots in (False, True)
+    )
     for needs in (True, False):
         yield "topk_forward", (*inputs, needs)
         yield "hierarchical_forward", (*inputs, needs)
     for needs in ((True, True), (True, False), (False, True)):
-        yield "topk_backward", (*topk, *needs)
-        yield "hierarchical_backward", (*hierarchical, *needs)
+        yield "topk_backward", (scale, state, weight, vals, samples, *needs)
+        for pairs in ([], slots):
+            yield "hierarchical_backward", (scale, state, none, *inputs, pairs, len(pairs) > 0, *needs)
 
 
-@pytest.mark.parametrize("op", ["topk_forward", "topk_backward", "hierarchical_forward", "hierarchical_backward"])
+OPS = ("order_pairs", "topk_forward", "topk_backward", "hierarchical_forward", "hierarchical_backward")
+
+
+@pytest.mark.parametrize("op", OPS)
 def test_ops_pass_opcheck(flex, device, op):
-    for name, arguments in op_arguments(device):
+    for name, arguments in op_arguments(flex, device):
         if name == op:
             torch.library.opcheck(getattr(flex._ops.ops, op).default, arguments)
 

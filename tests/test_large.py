@@ -2,7 +2,18 @@
 
 import pytest
 import torch
-from support import LOSSES, Problem, Result, make_problem, needs_cuda, relative_error, run, triton_loss, truth
+from support import (
+    LOSSES,
+    Problem,
+    Result,
+    deterministic_algorithms,
+    make_problem,
+    needs_cuda,
+    relative_error,
+    run,
+    triton_loss,
+    truth,
+)
 
 pytestmark = needs_cuda
 
@@ -41,9 +52,10 @@ def give_memory_back():
 
 
 @pytest.mark.parametrize("kind", LOSSES)
+@pytest.mark.parametrize("deterministic", [False, True], ids=["default", "deterministic"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", CASES)
-def test_offsets_beyond_32_bits_are_right(flex, kind, case, dtype):
+def test_offsets_beyond_32_bits_are_right(flex, kind, case, dtype, deterministic):
     sizes, (samples, columns), gigabytes = CASES[case]
     torch.cuda.empty_cache()
     free = torch.cuda.mem_get_info()[0] / 2**30
@@ -52,7 +64,8 @@ def test_offsets_beyond_32_bits_are_right(flex, kind, case, dtype):
     problem = make_problem(*sizes, device="cuda", dtypes=dtype, index_dtype=torch.int32)
     # 16-bit gradients near zero would all be subnormal for these sizes if the loss were not scaled.
     grad_out = float(problem.target.numel())
-    result = run(triton_loss(flex, kind), problem, torch.tensor(grad_out, device="cuda"))
+    with deterministic_algorithms(deterministic):
+        result = run(triton_loss(flex, kind), problem, torch.tensor(grad_out, device="cuda"))
     expected = truth_in_parts(kind, problem, samples, columns)
     assert relative_error(result.loss, expected.loss) <= 5e-6
     for name in Problem._fields[1:]:

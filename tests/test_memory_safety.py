@@ -48,6 +48,8 @@ def guarded(request, monkeypatch):
         monkeypatch.setattr(torch, f"{fill}_like", guarding(getattr(torch, f"{fill}_like"), fill))
         monkeypatch.setattr(torch.Tensor, f"new_{fill}", guarding(getattr(torch.Tensor, f"new_{fill}"), fill))
     torch.use_deterministic_algorithms(request.param)
+    # With torch's own fill on, the package would not allocate by these functions.
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
     yield buffers
     torch.use_deterministic_algorithms(False)
 

@@ -1,10 +1,11 @@
 """What the losses accept, the dtype they compute in and where they run."""
 
 import contextlib
+import math
 import os
+from typing import Optional
 
 import torch
-import triton
 
 # triton.jit decides at import whether kernels are interpreted, so this is decided at import too.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -90,6 +91,26 @@ def select(
     return weight.to(dtype)[indices.clamp(0, F - 1)], vals.to(dtype) * poison.to(dtype)
 
 
+def new_empty(tensor: torch.Tensor, *shape: int, dtype: Optional[torch.dtype] = None) -> torch.Tensor:
+    """``tensor.new_empty``, but uninitialised also where deterministic algorithms make torch fill new memory with NaN:
+    for memory of which every element is written before it is read, too large to be written twice."""
+    dtype = dtype or tensor.dtype
+    if not (torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory):
+        return tensor.new_empty(shape, dtype=dtype)
+    storage = torch.UntypedStorage(math.prod(shape) * dtype.itemsize, device=tensor.device)
+    return tensor.new_empty(0, dtype=dtype).set_(storage, 0, shape)
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up. (triton.cdiv takes 1.5 us of the host's time, several times a launch.)"""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is no less than n >= 1."""
+    return 1 << (n - 1).bit_length()
+
+
 def tile_columns(weight: torch.Tensor, dtype: torch.dtype) -> int:
     """Columns of a forward tile: 256 bytes of a row of weight, and 32 columns where float64 doubles the registers.
 
@@ -98,7 +119,7 @@ def tile_columns(weight: torch.Tensor, dtype: torch.dtype) -> int:
     spend their instructions on indices.
     """
     columns = 32 if dtype == torch.float64 else 256 // weight.element_size()
-    return min(columns, triton.next_power_of_2(weight.shape[1]))
+    return min(columns, next_power_of_2(weight.shape[1]))
 
 
 def refuse_second_derivative(name: str) -> None:

@@ -29,16 +29,19 @@ import triton.language as tl
 
 from ._ops import add_op_namespace_prefix, ops
 from .checks import (
+    cdiv,
     check_inputs,
     compute_dtype,
     device_of,
+    new_empty,
+    next_power_of_2,
     refuse_second_derivative,
     runs_triton,
     select,
     tile_columns,
     unit_stride_rows,
 )
-from .pairs import load_pairs, new_pieces, order_pairs, sum_pairs, sum_pieces
+from .pairs import OrderedPairs, load_pairs, new_pieces, sum_pairs, sum_pieces
 
 # Steps of a forward tile. Of 4 to 32 on an H200 (B=4096, F=65536, D=2304) the best at K=128, by 18% in float32 and by
 # 19% in bfloat16.
@@ -215,12 +218,12 @@ def _hierarchical_forward(
     target: torch.Tensor,  # [B, D]
     needs_suffix: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The loss, S_0 [B, D] if it is needed (else an empty tensor), and the shares in the loss [tiles, B]."""
+    """The loss, S_0 [B, D] and the units of scratch [B]: both empty where the backward pass does not need them."""
     (B, K), (F, D) = indices.shape, weight.shape
     dtype = compute_dtype(weight, vals, bias, target)
     weight, target = unit_stride_rows(weight), unit_stride_rows(target)
-    block_k, block_d = min(_FORWARD_BLOCK_K, triton.next_power_of_2(K)), tile_columns(weight, dtype)
-    tiles = triton.cdiv(D, block_d)
+    block_k, block_d = min(_FORWARD_BLOCK_K, next_power_of_2(K)), tile_columns(weight, dtype)
+    tiles = cdiv(D, block_d)
     shares = torch.empty((tiles, B), dtype=dtype, device=weight.device)
     suffix = torch.empty((B, D) if needs_suffix else (0,), dtype=dtype, device=weight.device)
     with device_of(weight):
@@ -245,7 +248,13 @@ def _hierarchical_forward(
             BLOCK_D=block_d,
             num_warps=1,
         )
-    return shares.sum(), suffix, shares
+    units = _units(shares, K, D) if needs_suffix and _narrow_scratch(weight, dtype) else shares.new_empty(0)
+    return shares.sum(), suffix, units
+
+
+def _narrow_scratch(weight, dtype):
+    """Whether scratch is float16: a gradient that keeps 8 bits, bfloat16, needs no more than 11 bits of S_i."""
+    return weight.dtype == torch.bfloat16 and dtype == torch.float32
 
 
 def _align(weight, columns):
@@ -256,20 +265,22 @@ def _align(weight, columns):
 def _hierarchical_backward(
     scale: torch.Tensor,  # 0-dim, c
     suffix: torch.Tensor,  # [B, D], S_0
-    shares: torch.Tensor,  # [tiles, B]
+    units: torch.Tensor,  # [B], or empty
     indices: torch.Tensor,  # [B, K]
     weight: torch.Tensor,  # [F, D]
     vals: torch.Tensor,  # [B, K]
     bias: torch.Tensor,  # [D]
     target: torch.Tensor,  # [B, D]
+    pairs: list[torch.Tensor],
+    ordered: bool,
     needs_weight: bool,
     needs_vals: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradients of weight [F, D] and vals [B, K], an empty tensor for the one that is not needed."""
+    """The gradients of weight [F, D] and vals [B, K], an empty tensor for the one that is not needed. `pairs` are those
+    of order_pairs where an ordered gradient of weight is needed."""
     (B, K), (F, D), dtype = indices.shape, weight.shape, suffix.dtype
     weight, target = unit_stride_rows(weight), unit_stride_rows(target)
     indices, vals, bias = indices.contiguous(), vals.contiguous(), bias.contiguous()
-    ordered = torch.are_deterministic_algorithms_enabled() or (needs_weight and weight.dtype != dtype)
 
     def launch(
         *,
@@ -284,7 +295,7 @@ def _hierarchical_backward(
         slots=None,
         units=None,
     ):
-        _hierarchical_backward_kernel[(B, triton.cdiv(min(columns, D - first_column), block_d))](
+        _hierarchical_backward_kernel[(B, cdiv(min(columns, D - first_column), block_d))](
             weight_sums,
             scratch,
             slots,
@@ -307,7 +318,7 @@ def _hierarchical_backward(
             first_column // block_d,
             ATOMIC=not ordered,
             ALIGN=align,
-            BLOCK_K=min(block_k, triton.next_power_of_2(K)),
+            BLOCK_K=min(block_k, next_power_of_2(K)),
             BLOCK_D=block_d,
             num_warps=1,
         )
@@ -322,7 +333,7 @@ def _hierarchical_backward(
                 first_column=0,
                 columns=D,
                 block_k=_ATOMIC_BLOCK_K,
-                block_d=min(_ATOMIC_BLOCK_D, triton.next_power_of_2(D)),
+                block_d=min(_ATOMIC_BLOCK_D, next_power_of_2(D)),
                 # 16 bytes a lane: then 16 lanes cover a row, and two rows share the shuffles of the dot products.
                 align=_align(weight, 4),
                 vals_sums=vals_sums,
@@ -332,20 +343,17 @@ def _hierarchical_backward(
                 vals_grad = vals_sums.to(vals.dtype)
             return weight_grad, vals_grad
 
-        # A gradient that keeps 8 bits, bfloat16, needs no more than 11 bits of S_i. float16 has them, in fit units.
-        narrow = weight.dtype == torch.bfloat16 and dtype == torch.float32
-        scratch_dtype = torch.float16 if narrow else dtype
-        block_d = min(_SCRATCH_ROW_BYTES // scratch_dtype.itemsize, triton.next_power_of_2(D))
+        scratch_dtype = torch.float16 if _narrow_scratch(weight, dtype) else dtype
+        block_d = min(_SCRATCH_ROW_BYTES // scratch_dtype.itemsize, next_power_of_2(D))
         # The widest power of two that fits.
         columns = max(block_d, _SCRATCH_BYTES // (K * scratch_dtype.itemsize))
-        columns = min(1 << (columns.bit_length() - 1), triton.next_power_of_2(D))
-        vals_sums = suffix.new_empty(triton.cdiv(min(columns, D), block_d), B, K) if needs_vals else None
-        scratch = slots = units = None
+        columns = min(1 << (columns.bit_length() - 1), next_power_of_2(D))
+        vals_sums = new_empty(suffix, cdiv(min(columns, D), block_d), B, K) if needs_vals else None
+        scratch = slots = None
         if needs_weight:
-            weight_grad = weight.new_empty(F, D)
-            scratch = suffix.new_empty(B * K, columns, dtype=scratch_dtype)
-            units = _units(shares, K, D) if narrow else None
-            pairs = order_pairs(indices, vals, F, dtype, want_slots=True, units=units)
+            weight_grad = new_empty(weight, F, D)
+            scratch = new_empty(suffix, B * K, columns, dtype=scratch_dtype)
+            pairs = OrderedPairs(*pairs)
             slots, pieces = pairs.slots, new_pieces(pairs, D)
         for first_column in range(0, D, columns):
             launch(
@@ -357,7 +365,7 @@ def _hierarchical_backward(
                 vals_sums=vals_sums,
                 scratch=scratch,
                 slots=slots,
-                units=units,
+                units=units if units.numel() else None,
             )
             if needs_weight:
                 sum_pairs(pairs, scratch, weight, scale, weight_grad, pieces, first_column=first_column)
@@ -387,22 +395,24 @@ torch.library.impl(add_op_namespace_prefix("hierarchical_forward"), "default", _
 
 torch.library.define(
     add_op_namespace_prefix("hierarchical_backward"),
-    "(Tensor scale, Tensor suffix, Tensor shares, Tensor indices, Tensor weight, Tensor vals, Tensor bias,"
-    " Tensor target, bool needs_weight, bool needs_vals) -> (Tensor, Tensor)",
+    "(Tensor scale, Tensor suffix, Tensor units, Tensor indices, Tensor weight, Tensor vals, Tensor bias,"
+    " Tensor target, Tensor[] pairs, bool ordered, bool needs_weight, bool needs_vals) -> (Tensor, Tensor)",
 )
 torch.library.impl(add_op_namespace_prefix("hierarchical_backward"), "default", _hierarchical_backward)
 
 
 @torch.library.register_fake(add_op_namespace_prefix("hierarchical_forward"))
 def _hierarchical_forward_fake(indices, weight, vals, bias, target, needs_suffix):
-    (B, D), dtype = target.shape, compute_dtype(weight, vals, bias, target)
-    tiles = triton.cdiv(D, tile_columns(weight, dtype))
+    dtype = compute_dtype(weight, vals, bias, target)
     suffix = weight.new_empty(target.shape if needs_suffix else (0,), dtype=dtype)
-    return weight.new_empty((), dtype=dtype), suffix, weight.new_empty((tiles, B), dtype=dtype)
+    has_units = needs_suffix and _narrow_scratch(weight, dtype)
+    return weight.new_empty((), dtype=dtype), suffix, suffix.new_empty(target.shape[0] if has_units else 0)
 
 
 @torch.library.register_fake(add_op_namespace_prefix("hierarchical_backward"))
-def _hierarchical_backward_fake(scale, suffix, shares, indices, weight, vals, bias, target, needs_weight, needs_vals):
+def _hierarchical_backward_fake(
+    scale, suffix, units, indices, weight, vals, bias, target, pairs, ordered, needs_weight, needs_vals
+):
     return weight.new_empty(weight.shape if needs_weight else (0,)), vals.new_empty(vals.shape if needs_vals else (0,))
 
 
@@ -411,20 +421,28 @@ class HierarchicalSAELoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, indices, weight, vals, bias, target, needs_grad):
-        loss, suffix, shares = ops.hierarchical_forward(indices, weight, vals, bias, target, needs_grad)
-        ctx.save_for_backward(suffix, shares, indices, weight, vals, bias, target)
+        loss, suffix, units = ops.hierarchical_forward(indices, weight, vals, bias, target, needs_grad)
+        ordered = torch.are_deterministic_algorithms_enabled() or weight.dtype != suffix.dtype
+        pairs = ()
+        if needs_grad and ctx.needs_input_grad[1] and ordered:
+            # Here and not in the backward pass: the host has time for it while the device computes the loss.
+            pairs = _order(indices, weight, vals, suffix, units)
+        ctx.save_for_backward(suffix, units, indices, weight, vals, bias, target, *pairs)
         return loss
 
     @staticmethod
     def backward(ctx, grad_out):
         refuse_second_derivative("triton_hierarchical_sae_loss")
-        suffix, shares, indices, weight, vals, bias, target = ctx.saved_tensors
+        suffix, units, indices, weight, vals, bias, target, *pairs = ctx.saved_tensors
         _, needs_weight, needs_vals, needs_bias, needs_target, _ = ctx.needs_input_grad
         scale = grad_out * (2.0 / (indices.shape[1] * suffix.numel()))
         weight_grad = vals_grad = bias_grad = target_grad = None
         if needs_weight or needs_vals:
+            ordered = torch.are_deterministic_algorithms_enabled() or len(pairs) > 0
+            if ordered and needs_weight and not pairs:  # the mode was switched on since
+                pairs = _order(indices, weight, vals, suffix, units)
             grads = ops.hierarchical_backward(
-                scale, suffix, shares, indices, weight, vals, bias, target, needs_weight, needs_vals
+                scale, suffix, units, indices, weight, vals, bias, target, pairs, ordered, needs_weight, needs_vals
             )
             weight_grad = grads[0] if needs_weight else None
             vals_grad = grads[1] if needs_vals else None
@@ -433,6 +451,11 @@ class HierarchicalSAELoss(torch.autograd.Function):
         if needs_target:
             target_grad = (suffix * -scale).to(target.dtype)
         return None, weight_grad, vals_grad, bias_grad, target_grad, None
+
+
+def _order(indices, weight, vals, suffix, units):
+    units = units if units.numel() else None
+    return ops.order_pairs(indices, vals, units, weight.shape[0], suffix.dtype, True)
 
 
 def triton_hierarchical_sae_loss(

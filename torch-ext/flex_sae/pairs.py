@@ -18,6 +18,9 @@ import torch
 import triton
 import triton.language as tl
 
+from ._ops import add_op_namespace_prefix
+from .checks import cdiv, device_of, new_empty, next_power_of_2
+
 # Columns of a program of the feature sum, one warp. Swept over 256, 512 and 1024 on an H200 (B=4096, F=65536, D=2304):
 # 0.40, 0.37, 0.43 ms at K=32 and 0.73, 0.66, 0.72 ms at K=128.
 SUM_BLOCK_D = 512
@@ -80,6 +83,25 @@ def _gather_pairs_kernel(
         tl.store(samples_ptr + p, pair // K, mask=exists)
     if slots_ptr is not None:
         tl.store(slots_ptr + pair, p, mask=exists)
+
+
+@triton.jit(do_not_specialize=["offset", "P", "F"], do_not_specialize_on_alignment=["shifts_ptr"])
+def _merge_order_kernel(
+    merged_ptr,  # [B * K]
+    order_ptr,  # [P], of a part of the pairs
+    indices_ptr,  # [B * K]
+    shifts_ptr,  # [F], how far the pairs of a feature move
+    offset,  # the pairs before the part
+    P,
+    F,
+    BLOCK: tl.constexpr,
+):
+    p = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    exists = p < P
+    pair = offset + tl.load(order_ptr + p, mask=exists, other=0)
+    feature = tl.load(indices_ptr + pair, mask=exists, other=0)
+    shift = tl.load(shifts_ptr + tl.minimum(tl.maximum(feature, 0), F - 1), mask=exists, other=0)
+    tl.store(merged_ptr + p + shift, pair, mask=exists)
 
 
 @triton.jit
@@ -234,34 +256,69 @@ class OrderedPairs(NamedTuple):
     features: torch.Tensor  # [P] int32, ascending
     ends: torch.Tensor  # [F], where the segment of each feature ends
     coefs: torch.Tensor  # [P], vals in this order, times the unit of their sample
-    samples: Optional[torch.Tensor]  # [P], order // K
-    slots: Optional[torch.Tensor]  # [B * K], the inverse of order
+    samples: torch.Tensor  # [P], order // K, or empty
+    slots: torch.Tensor  # [B * K], the inverse of order, or empty
 
 
-def order_pairs(
-    indices: torch.Tensor,  # [B, K], contiguous
-    vals: torch.Tensor,  # [B, K], contiguous
+def _order_pairs(
+    indices: torch.Tensor,  # [B, K]
+    vals: torch.Tensor,  # [B, K]
+    units: Optional[torch.Tensor],  # [B]
     F: int,
     dtype: torch.dtype,
     want_slots: bool,
-    units: Optional[torch.Tensor] = None,  # [B]
 ) -> OrderedPairs:
     """Order the pairs by feature, with ``slots`` for rows that are yet to be written in this order, else with
     ``samples`` for rows that lie by sample. A feature out of range counts as the nearest one in range, whose gradient
     becomes NaN with that of the sample."""
-    K, P, device = indices.shape[1], indices.numel(), indices.device
-    order, ends = _sort_by_feature(indices.flatten(), F)
-    features = torch.empty(P, dtype=torch.int32, device=device)
-    coefs = torch.empty(P, dtype=dtype, device=device)
-    samples = slots = None
-    if want_slots:
-        slots = torch.empty(P, dtype=torch.int32 if P < _MAX_INT32_PAIRS else torch.int64, device=device)
-    else:
-        samples = torch.empty(P, dtype=torch.int32, device=device)
-    _gather_pairs_kernel[(triton.cdiv(P, _FLAT_BLOCK),)](
-        features, coefs, samples, slots, order, indices, vals, units, P, K, F, BLOCK=_FLAT_BLOCK
-    )
+    indices, vals = indices.contiguous(), vals.contiguous()
+    K, P = indices.shape[1], indices.numel()
+    with device_of(indices):
+        order, ends = _sort_by_feature(indices.flatten(), F)
+        features = indices.new_empty(P, dtype=torch.int32)
+        coefs = vals.new_empty(P, dtype=dtype)
+        samples = indices.new_empty(0 if want_slots else P, dtype=torch.int32)
+        slots = indices.new_empty(P if want_slots else 0, dtype=_place_dtype(P))
+        _gather_pairs_kernel[(cdiv(P, _FLAT_BLOCK),)](
+            features,
+            coefs,
+            None if want_slots else samples,
+            slots if want_slots else None,
+            order,
+            indices,
+            vals,
+            units,
+            P,
+            K,
+            F,
+            BLOCK=_FLAT_BLOCK,
+        )
     return OrderedPairs(order, features, ends, coefs, samples, slots)
+
+
+torch.library.define(
+    add_op_namespace_prefix("order_pairs"),
+    "(Tensor indices, Tensor vals, Tensor? units, int F, ScalarType dtype, bool want_slots)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+torch.library.impl(add_op_namespace_prefix("order_pairs"), "default", _order_pairs)
+
+
+@torch.library.register_fake(add_op_namespace_prefix("order_pairs"))
+def _order_pairs_fake(indices, vals, units, F, dtype, want_slots):
+    P = indices.numel()
+    return (
+        indices.new_empty(P, dtype=torch.int64),
+        indices.new_empty(P, dtype=torch.int32),
+        indices.new_empty(F, dtype=_place_dtype(P)),
+        indices.new_empty(P, dtype=dtype),
+        indices.new_empty(0 if want_slots else P, dtype=torch.int32),
+        indices.new_empty(P if want_slots else 0, dtype=_place_dtype(P)),
+    )
+
+
+def _place_dtype(P):
+    return torch.int32 if P < _MAX_INT32_PAIRS else torch.int64
 
 
 def _sort_by_feature(indices, F):
@@ -273,35 +330,37 @@ def _sort_by_feature(indices, F):
     for part in indices.split(_MAX_SORT):
         keys, order = torch.sort((part.clamp(0, F - 1) + lowest).to(dtype), stable=True)
         orders.append(order)
-        ends.append(torch.searchsorted(keys, features, right=True, out_int32=indices.numel() < _MAX_INT32_PAIRS))
-    return (orders[0], ends[0]) if len(orders) == 1 else _merge(orders, ends)
+        out_int32 = _place_dtype(indices.numel()) == torch.int32
+        ends.append(torch.searchsorted(keys, features, right=True, out_int32=out_int32))
+    return (orders[0], ends[0]) if len(orders) == 1 else _merge(orders, ends, indices)
 
 
-def _merge(orders, ends):
+def _merge(orders, ends, indices):
     """One order and its ends from those of consecutive parts."""
     counts = torch.stack(ends).diff(dim=1, prepend=ends[0].new_zeros(len(ends), 1))  # [parts, F]
     merged_ends = counts.sum(0).cumsum(0).to(ends[0].dtype)
-    # A feature's pairs lie part after part.
-    starts = merged_ends - counts.sum(0) + counts.cumsum(0) - counts
-    merged = orders[0].new_empty(sum(order.numel() for order in orders))
-    offset = 0
-    for order, end, count, start in zip(orders, ends, counts, starts):
-        shift = (start - (end - count)).repeat_interleave(count, output_size=order.numel())
-        merged[torch.arange(order.numel(), device=order.device) + shift] = order + offset
-        offset += order.numel()
+    # A feature's pairs lie part after part: by how far each segment of each part moves.
+    shifts = merged_ends - counts.sum(0) + counts.cumsum(0) - torch.stack(ends)
+    merged, offset = orders[0].new_empty(indices.numel()), 0
+    for order, shift in zip(orders, shifts):
+        P = order.numel()
+        _merge_order_kernel[(cdiv(P, _FLAT_BLOCK),)](
+            merged, order, indices, shift, offset, P, len(shift), BLOCK=_FLAT_BLOCK
+        )
+        offset += P
     return merged, merged_ends
 
 
 def new_pieces(pairs: OrderedPairs, D: int) -> torch.Tensor:
     """Memory for the pieces of heavy features [2 * windows, D]."""
     _, windows = _windows(pairs)
-    return torch.empty((2 * windows, D), dtype=pairs.coefs.dtype, device=pairs.coefs.device)
+    return new_empty(pairs.coefs, 2 * windows, D)
 
 
 def _windows(pairs):
     P = pairs.order.numel()
-    window = max(_MIN_WINDOW, triton.cdiv(P, _MAX_WINDOWS))
-    return window, triton.cdiv(P, window)
+    window = max(_MIN_WINDOW, cdiv(P, _MAX_WINDOWS))
+    return window, cdiv(P, window)
 
 
 def sum_pairs(
@@ -319,14 +378,14 @@ def sum_pairs(
     left out. ``rows`` may hold some columns of the whole, from ``first_column`` on."""
     (F, D), columns = weight.shape, rows.shape[1]
     window, windows = _windows(pairs)
-    block_d = min(SUM_BLOCK_D, triton.next_power_of_2(columns))
-    by_sample = pairs.samples is not None
-    _sum_pairs_kernel[(2 * windows + F, triton.cdiv(min(columns, D - first_column), block_d))](
+    block_d = min(SUM_BLOCK_D, next_power_of_2(columns))
+    by_sample = pairs.samples.numel() > 0
+    _sum_pairs_kernel[(2 * windows + F, cdiv(min(columns, D - first_column), block_d))](
         out,
         pieces,
         dots,
         rows,
-        pairs.samples,
+        pairs.samples if by_sample else None,
         pairs.coefs,
         pairs.features,
         pairs.ends,
@@ -354,8 +413,8 @@ def sum_pieces(pairs: OrderedPairs, pieces: torch.Tensor, scale: torch.Tensor, o
     """Write the rows of ``out [F, D]`` of heavy features from the ``pieces`` that `sum_pairs` left."""
     D = out.shape[1]
     window, windows = _windows(pairs)
-    block_d = min(SUM_BLOCK_D, triton.next_power_of_2(D))
-    _sum_pieces_kernel[(windows, triton.cdiv(D, block_d))](
+    block_d = min(SUM_BLOCK_D, next_power_of_2(D))
+    _sum_pieces_kernel[(windows, cdiv(D, block_d))](
         out,
         pieces,
         pairs.features,
@@ -373,6 +432,6 @@ def sum_pieces(pairs: OrderedPairs, pieces: torch.Tensor, scale: torch.Tensor, o
 def scatter_dots(pairs: OrderedPairs, dots: torch.Tensor, scale: torch.Tensor, vals_grad: torch.Tensor) -> None:
     """Write ``vals_grad[order[p]] = scale * dots[:, p].sum()``; ``vals_grad [B, K]`` is contiguous."""
     P = pairs.order.numel()
-    _scatter_dots_kernel[(triton.cdiv(P, _FLAT_BLOCK),)](
+    _scatter_dots_kernel[(cdiv(P, _FLAT_BLOCK),)](
         vals_grad, dots, pairs.order, scale, P, dots.shape[0], BLOCK=_FLAT_BLOCK
     )

@@ -18,16 +18,19 @@ import triton.language as tl
 
 from ._ops import add_op_namespace_prefix, ops
 from .checks import (
+    cdiv,
     check_inputs,
     compute_dtype,
     device_of,
+    new_empty,
+    next_power_of_2,
     refuse_second_derivative,
     runs_triton,
     select,
     tile_columns,
     unit_stride_rows,
 )
-from .pairs import SUM_BLOCK_D, load_pairs, new_pieces, order_pairs, scatter_dots, sum_pairs, sum_pieces
+from .pairs import SUM_BLOCK_D, OrderedPairs, load_pairs, new_pieces, scatter_dots, sum_pairs, sum_pieces
 
 # Steps of a forward tile. Swept over 8, 16 and 32 on an H200 (B=4096, F=65536, D=2304): within 5% in float32, 8 best in
 # bfloat16.
@@ -93,7 +96,7 @@ def _topk_forward(
     dtype = compute_dtype(weight, vals, bias, target)
     weight, target = unit_stride_rows(weight), unit_stride_rows(target)
     block_d = tile_columns(weight, dtype)
-    tiles = triton.cdiv(D, block_d)
+    tiles = cdiv(D, block_d)
     loss = torch.empty((tiles, B), dtype=dtype, device=weight.device)
     residual = torch.empty((B, D) if needs_residual else (0,), dtype=dtype, device=weight.device)
     with device_of(weight):
@@ -112,7 +115,7 @@ def _topk_forward(
             F,
             D,
             NEEDS_RESIDUAL=needs_residual,
-            BLOCK_K=min(_FORWARD_BLOCK_K, triton.next_power_of_2(K)),
+            BLOCK_K=min(_FORWARD_BLOCK_K, next_power_of_2(K)),
             BLOCK_D=block_d,
             num_warps=1,
         )
@@ -122,22 +125,22 @@ def _topk_forward(
 def _topk_backward(
     scale: torch.Tensor,  # 0-dim, grad_out * 2 / (B D)
     residual: torch.Tensor,  # [B, D]
-    indices: torch.Tensor,  # [B, K]
     weight: torch.Tensor,  # [F, D]
     vals: torch.Tensor,  # [B, K]
+    pairs: list[torch.Tensor],
     needs_weight: bool,
     needs_vals: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The gradients of weight [F, D] and vals [B, K], an empty tensor for the one that is not needed."""
-    weight_grad = weight.new_empty(weight.shape if needs_weight else (0,))
-    vals_grad = vals.new_empty(vals.shape if needs_vals else (0,))
+    pairs = OrderedPairs(*pairs)
     F, D = weight.shape
     if needs_vals:
         weight = unit_stride_rows(weight)
+    weight_grad = new_empty(weight, F, D) if needs_weight else weight.new_empty(0)
+    vals_grad = vals.new_empty(vals.shape if needs_vals else (0,))
     with device_of(weight):
-        pairs = order_pairs(indices.contiguous(), vals.contiguous(), F, residual.dtype, want_slots=False)
         pieces = new_pieces(pairs, D) if needs_weight else None
-        dots = residual.new_empty(triton.cdiv(D, SUM_BLOCK_D), vals.numel()) if needs_vals else None
+        dots = new_empty(residual, cdiv(D, SUM_BLOCK_D), vals.numel()) if needs_vals else None
         sum_pairs(pairs, residual, weight, scale, weight_grad if needs_weight else None, pieces, dots)
         if needs_weight:
             sum_pieces(pairs, pieces, scale, weight_grad)
@@ -154,7 +157,7 @@ torch.library.impl(add_op_namespace_prefix("topk_forward"), "default", _topk_for
 
 torch.library.define(
     add_op_namespace_prefix("topk_backward"),
-    "(Tensor scale, Tensor residual, Tensor indices, Tensor weight, Tensor vals, bool needs_weight, bool needs_vals)"
+    "(Tensor scale, Tensor residual, Tensor weight, Tensor vals, Tensor[] pairs, bool needs_weight, bool needs_vals)"
     " -> (Tensor, Tensor)",
 )
 torch.library.impl(add_op_namespace_prefix("topk_backward"), "default", _topk_backward)
@@ -167,7 +170,7 @@ def _topk_forward_fake(indices, weight, vals, bias, target, needs_residual):
 
 
 @torch.library.register_fake(add_op_namespace_prefix("topk_backward"))
-def _topk_backward_fake(scale, residual, indices, weight, vals, needs_weight, needs_vals):
+def _topk_backward_fake(scale, residual, weight, vals, pairs, needs_weight, needs_vals):
     return weight.new_empty(weight.shape if needs_weight else (0,)), vals.new_empty(vals.shape if needs_vals else (0,))
 
 
@@ -177,19 +180,23 @@ class TopKSAELoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, indices, weight, vals, bias, target, needs_grad):
         loss, residual = ops.topk_forward(indices, weight, vals, bias, target, needs_grad)
-        ctx.save_for_backward(indices, weight, vals, residual)
+        pairs = ()
+        if needs_grad and (ctx.needs_input_grad[1] or ctx.needs_input_grad[2]):
+            # Here and not in the backward pass: the host has time for it while the device computes the loss.
+            pairs = ops.order_pairs(indices, vals, None, weight.shape[0], residual.dtype, False)
+        ctx.save_for_backward(residual, weight, vals, *pairs)
         ctx.bias_dtype, ctx.target_dtype = bias.dtype, target.dtype
         return loss
 
     @staticmethod
     def backward(ctx, grad_out):
         refuse_second_derivative("triton_topk_sae_loss")
-        indices, weight, vals, residual = ctx.saved_tensors
+        residual, weight, vals, *pairs = ctx.saved_tensors
         _, needs_weight, needs_vals, needs_bias, needs_target, _ = ctx.needs_input_grad
         scale = grad_out * (2.0 / residual.numel())
         weight_grad = vals_grad = bias_grad = target_grad = None
         if needs_weight or needs_vals:
-            grads = ops.topk_backward(scale, residual, indices, weight, vals, needs_weight, needs_vals)
+            grads = ops.topk_backward(scale, residual, weight, vals, pairs, needs_weight, needs_vals)
             weight_grad = grads[0] if needs_weight else None
             vals_grad = grads[1] if needs_vals else None
         if needs_bias:
