@@ -33,8 +33,12 @@ class TargetOnly:
 
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-# The first is compiled; the others differ in their factors of 16, in being 1, and in the bits that hold a feature.
-SIZES = ((64, 256), (63, 256), (1, 256), (64, 255), (48, 1), (1000, 512), (4096, 256), (64, 2**16 + 1))
+# The first of each row is compiled; the others differ in their factors of 16 and in being 1. Two rows, because the
+# dtype that holds a feature while pairs are sorted depends on F.
+SIZES = (
+    *((64, 256), (63, 256), (1, 256), (64, 255), (48, 1), (1000, 512), (4096, 256)),
+    *((64, 2**17), (63, 2**17 + 1), (1, 2**16 + 1)),
+)
 
 
 def launch_everything(flex, dtype, B, F):
@@ -46,19 +50,17 @@ def launch_everything(flex, dtype, B, F):
     weight, target = torch.empty(F, D, dtype=dtype), torch.empty(B, D, dtype=dtype)
     vals, bias = torch.empty(B, K, dtype=dtype), torch.empty(D, dtype=dtype)
     scale, state = torch.empty((), dtype=accumulation), torch.empty(B, D, dtype=accumulation)
-    units = torch.empty(B if dtype == torch.bfloat16 else 0)
-    for needs_grad in (True, False):
-        ops.topk_forward(indices, weight, vals, bias, target, needs_grad)
-        ops.hierarchical_forward(indices, weight, vals, bias, target, needs_grad)
+    inputs = indices, weight, vals, bias, target
     whole, pairs_module._MAX_SORT = pairs_module._MAX_SORT, B * K - 1
-    ops.order_pairs(indices, vals, None, F, accumulation, False)  # merges two parts
+    ops.topk_forward(*inputs, True, True)  # merges two parts
     pairs_module._MAX_SORT = whole
-    samples = ops.order_pairs(indices, vals, None, F, accumulation, False)
-    ops.topk_backward(scale, state, weight, vals, samples, True, True)
-    slots = ops.order_pairs(indices, vals, units if len(units) else None, F, accumulation, True)
-    for pairs in ([], slots) if dtype == accumulation else (slots,):
-        ordered = len(pairs) > 0
-        ops.hierarchical_backward(scale, state, units, indices, weight, vals, bias, target, pairs, ordered, True, True)
+    ops.topk_forward(*inputs, False, False)
+    ops.hierarchical_forward(*inputs, False, False)
+    *_, by_sample = ops.topk_forward(*inputs, True, True)
+    *_, units, by_slot = ops.hierarchical_forward(*inputs, True, True)
+    ops.topk_backward(scale, state, weight, vals, by_sample, True, True)
+    for pairs in ([], by_slot) if dtype == accumulation else (by_slot,):
+        ops.hierarchical_backward(scale, state, units, *inputs, pairs, True, True)
 
 
 def main(out):

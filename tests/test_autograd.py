@@ -55,11 +55,11 @@ def test_a_training_step_keeps_one_tensor_the_size_of_target(flex, device, kind,
     problem = make_problem(B, K, F, D, device=device)
     for name in names:
         getattr(problem, name).requires_grad_()
-    # And the order of the pairs where it is needed: 20 bytes for each, 4 for each feature.
+    # And the order of the pairs where it is needed: 18 bytes for each, 4 for each feature.
     ordered = "weight" in names and deterministic if kind == "hierarchical" else names != ("bias", "target")
     with deterministic_algorithms(deterministic):
         saved = saved_bytes(triton_loss(flex, kind), problem)
-    assert saved == problem.target.nbytes + ordered * (20 * B * K + 4 * F)
+    assert saved == problem.target.nbytes + ordered * (18 * B * K + 4 * F)
 
 
 @pytest.mark.parametrize("kind", LOSSES)
@@ -104,27 +104,20 @@ def test_without_gradients_no_state_is_written(flex, kind):
 def op_arguments(flex, device):
     """Arguments for each of the ops, as the autograd Functions pass them."""
     inputs = make_problem(3, 5, 7, 9, device=device, pattern="duplicates")
-    indices, weight, vals, _, target = inputs
+    _, weight, vals, _, target = inputs
     scale, state = torch.tensor(0.1, device=device), torch.randn_like(target)
-    none, units = torch.empty(0, device=device), torch.rand(len(vals), device=device)
-    for want_slots in (True, False):
-        yield "order_pairs", (indices, vals, units if want_slots else None, len(weight), torch.float32, want_slots)
-    samples, slots = (
-        flex._ops.ops.order_pairs(indices, vals, None, len(weight), torch.float32, slots) for slots in (False, True)
-    )
-    for needs in (True, False):
-        yield "topk_forward", (*inputs, needs)
-        yield "hierarchical_forward", (*inputs, needs)
+    *_, by_sample = flex._ops.ops.topk_forward(*inputs, True, True)
+    *_, units, by_slot = flex._ops.ops.hierarchical_forward(*inputs, True, True)
+    for needs in ((True, True), (True, False), (False, False)):
+        yield "topk_forward", (*inputs, *needs)
+        yield "hierarchical_forward", (*inputs, *needs)
     for needs in ((True, True), (True, False), (False, True)):
-        yield "topk_backward", (scale, state, weight, vals, samples, *needs)
-        for pairs in ([], slots):
-            yield "hierarchical_backward", (scale, state, none, *inputs, pairs, len(pairs) > 0, *needs)
+        yield "topk_backward", (scale, state, weight, vals, by_sample, *needs)
+        for pairs in ([], by_slot):
+            yield "hierarchical_backward", (scale, state, units, *inputs, pairs, *needs)
 
 
-OPS = ("order_pairs", "topk_forward", "topk_backward", "hierarchical_forward", "hierarchical_backward")
-
-
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", ["topk_forward", "topk_backward", "hierarchical_forward", "hierarchical_backward"])
 def test_ops_pass_opcheck(flex, device, op):
     for name, arguments in op_arguments(flex, device):
         if name == op:

@@ -44,15 +44,20 @@ def test_a_sort_in_parts_changes_no_bit(flex, device, monkeypatch, kind, pattern
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=str)
 @pytest.mark.parametrize("parts", [1, 5])
 def test_pairs_are_sorted_by_feature_then_place(flex, device, monkeypatch, F, index_dtype, parts):
-    pairs, P = submodule(flex, "pairs"), 3000
+    module, B, K = submodule(flex, "pairs"), 100, 30
     generator = torch.Generator(device).manual_seed(0)
-    indices = make_indices("one_hot_feature", 1, P, F, generator)[0].to(index_dtype)
-    indices[:4] = torch.tensor([0, F - 1, -1, F])  # out of range counts as the nearest feature
-    monkeypatch.setattr(pairs, "_MAX_SORT", -(-P // parts))
-    order, ends = pairs._sort_by_feature(indices, F)
-    features = indices.long().clamp(0, F - 1)
-    assert torch.equal(order, features.sort(stable=True).indices)
-    assert torch.equal(ends.long(), features.bincount(minlength=F).cumsum(0))
+    indices = make_indices("one_hot_feature", B, K, F, generator).to(index_dtype)
+    indices[0, :4] = torch.tensor([0, F - 1, -1, F])  # out of range counts as the nearest feature
+    vals, units = (torch.randn(shape, generator=generator, device=device) for shape in ((B, K), (B,)))
+    monkeypatch.setattr(module, "_MAX_SORT", -(-B * K // parts))
+    features, order = indices.long().clamp(0, F - 1).view(-1).sort(stable=True)
+    for want_slots in (False, True):
+        pairs = module.order_pairs(indices, vals, F, torch.float32, want_slots, units if want_slots else None)
+        assert torch.equal(pairs.order, order)
+        assert torch.equal(pairs.keys.long() + (2**15 if F <= 2**16 else 0), features)
+        assert torch.equal(pairs.ends.long(), features.bincount(minlength=F).cumsum(0))
+        assert torch.equal(pairs.coefs, (vals * units[:, None] if want_slots else vals).view(-1)[order])
+        assert torch.equal(pairs.link.long(), order.argsort() if want_slots else order // K)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

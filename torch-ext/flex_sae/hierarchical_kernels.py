@@ -41,7 +41,7 @@ from .checks import (
     tile_columns,
     unit_stride_rows,
 )
-from .pairs import OrderedPairs, load_pairs, new_pieces, sum_pairs, sum_pieces
+from .pairs import OrderedPairs, finish, load_pairs, new_pieces, order_pairs, order_pairs_fake, sum_pairs
 
 # Steps of a forward tile. Of 4 to 32 on an H200 (B=4096, F=65536, D=2304) the best at K=128, by 18% in float32 and by
 # 19% in bfloat16.
@@ -217,11 +217,14 @@ def _hierarchical_forward(
     bias: torch.Tensor,  # [D]
     target: torch.Tensor,  # [B, D]
     needs_suffix: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The loss, S_0 [B, D] and the units of scratch [B]: both empty where the backward pass does not need them."""
+    needs_pairs: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """The loss, and what is needed of S_0 [B, D], the units of scratch [B] (else empty tensors) and the OrderedPairs
+    (else none)."""
     (B, K), (F, D) = indices.shape, weight.shape
     dtype = compute_dtype(weight, vals, bias, target)
     weight, target = unit_stride_rows(weight), unit_stride_rows(target)
+    indices, vals = indices.contiguous(), vals.contiguous()
     block_k, block_d = min(_FORWARD_BLOCK_K, next_power_of_2(K)), tile_columns(weight, dtype)
     tiles = cdiv(D, block_d)
     shares = torch.empty((tiles, B), dtype=dtype, device=weight.device)
@@ -230,9 +233,9 @@ def _hierarchical_forward(
         _hierarchical_forward_kernel[(B, tiles)](
             shares,
             suffix,
-            indices.contiguous(),
+            indices,
             weight,
-            vals.contiguous(),
+            vals,
             bias.contiguous(),
             target,
             weight.stride(0),
@@ -248,8 +251,20 @@ def _hierarchical_forward(
             BLOCK_D=block_d,
             num_warps=1,
         )
-    units = _units(shares, K, D) if needs_suffix and _narrow_scratch(weight, dtype) else shares.new_empty(0)
-    return shares.sum(), suffix, units
+        units = _units(shares, K, D) if needs_suffix and _narrow_scratch(weight, dtype) else shares.new_empty(0)
+        # The host has time for this while the device computes the loss, more than in the backward pass.
+        pairs = list(_order_pairs(indices, vals, F, dtype, units)) if needs_pairs else []
+    return shares.sum(), suffix, units, pairs
+
+
+def _order_pairs(indices, vals, F, dtype, units):
+    return order_pairs(indices, vals, F, dtype, want_slots=True, units=units if units.numel() else None)
+
+
+def _is_ordered(weight, dtype, needs_weight):
+    """Whether the backward pass sums in order. Atomic additions to a gradient that is narrower than they are would
+    round it again and again."""
+    return torch.are_deterministic_algorithms_enabled() or (needs_weight and weight.dtype != dtype)
 
 
 def _narrow_scratch(weight, dtype):
@@ -272,15 +287,14 @@ def _hierarchical_backward(
     bias: torch.Tensor,  # [D]
     target: torch.Tensor,  # [B, D]
     pairs: list[torch.Tensor],
-    ordered: bool,
     needs_weight: bool,
     needs_vals: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradients of weight [F, D] and vals [B, K], an empty tensor for the one that is not needed. `pairs` are those
-    of order_pairs where an ordered gradient of weight is needed."""
+    """The gradients of weight [F, D] and vals [B, K], an empty tensor for the one that is not needed."""
     (B, K), (F, D), dtype = indices.shape, weight.shape, suffix.dtype
     weight, target = unit_stride_rows(weight), unit_stride_rows(target)
     indices, vals, bias = indices.contiguous(), vals.contiguous(), bias.contiguous()
+    ordered = len(pairs) > 0 or _is_ordered(weight, dtype, needs_weight)
 
     def launch(
         *,
@@ -353,8 +367,9 @@ def _hierarchical_backward(
         if needs_weight:
             weight_grad = new_empty(weight, F, D)
             scratch = new_empty(suffix, B * K, columns, dtype=scratch_dtype)
-            pairs = OrderedPairs(*pairs)
-            slots, pieces = pairs.slots, new_pieces(pairs, D)
+            # Deterministic mode may have been switched on since the forward pass.
+            pairs = OrderedPairs(*pairs) if pairs else _order_pairs(indices, vals, F, dtype, units)
+            slots, pieces = pairs.link, new_pieces(pairs, D)
         for first_column in range(0, D, columns):
             launch(
                 first_column=first_column,
@@ -368,9 +383,9 @@ def _hierarchical_backward(
                 units=units if units.numel() else None,
             )
             if needs_weight:
-                sum_pairs(pairs, scratch, weight, scale, weight_grad, pieces, first_column=first_column)
+                sum_pairs(pairs, scratch, None, weight, scale, weight_grad, pieces, first_column=first_column)
         if needs_weight:
-            sum_pieces(pairs, pieces, scale, weight_grad)
+            finish(pairs, scale, weight_grad, pieces)
         if needs_vals:
             vals_grad = vals_sums.sum(0).to(vals.dtype)
     return weight_grad, vals_grad
@@ -388,30 +403,31 @@ def _units(shares, K, D):
 
 torch.library.define(
     add_op_namespace_prefix("hierarchical_forward"),
-    "(Tensor indices, Tensor weight, Tensor vals, Tensor bias, Tensor target, bool needs_suffix)"
-    " -> (Tensor, Tensor, Tensor)",
+    "(Tensor indices, Tensor weight, Tensor vals, Tensor bias, Tensor target, bool needs_suffix, bool needs_pairs)"
+    " -> (Tensor, Tensor, Tensor, Tensor[])",
 )
 torch.library.impl(add_op_namespace_prefix("hierarchical_forward"), "default", _hierarchical_forward)
 
 torch.library.define(
     add_op_namespace_prefix("hierarchical_backward"),
     "(Tensor scale, Tensor suffix, Tensor units, Tensor indices, Tensor weight, Tensor vals, Tensor bias,"
-    " Tensor target, Tensor[] pairs, bool ordered, bool needs_weight, bool needs_vals) -> (Tensor, Tensor)",
+    " Tensor target, Tensor[] pairs, bool needs_weight, bool needs_vals) -> (Tensor, Tensor)",
 )
 torch.library.impl(add_op_namespace_prefix("hierarchical_backward"), "default", _hierarchical_backward)
 
 
 @torch.library.register_fake(add_op_namespace_prefix("hierarchical_forward"))
-def _hierarchical_forward_fake(indices, weight, vals, bias, target, needs_suffix):
+def _hierarchical_forward_fake(indices, weight, vals, bias, target, needs_suffix, needs_pairs):
     dtype = compute_dtype(weight, vals, bias, target)
     suffix = weight.new_empty(target.shape if needs_suffix else (0,), dtype=dtype)
-    has_units = needs_suffix and _narrow_scratch(weight, dtype)
-    return weight.new_empty((), dtype=dtype), suffix, suffix.new_empty(target.shape[0] if has_units else 0)
+    units = suffix.new_empty(target.shape[0] if needs_suffix and _narrow_scratch(weight, dtype) else 0)
+    pairs = list(order_pairs_fake(indices, weight.shape[0], dtype, want_slots=True)) if needs_pairs else []
+    return suffix.new_empty(()), suffix, units, pairs
 
 
 @torch.library.register_fake(add_op_namespace_prefix("hierarchical_backward"))
 def _hierarchical_backward_fake(
-    scale, suffix, units, indices, weight, vals, bias, target, pairs, ordered, needs_weight, needs_vals
+    scale, suffix, units, indices, weight, vals, bias, target, pairs, needs_weight, needs_vals
 ):
     return weight.new_empty(weight.shape if needs_weight else (0,)), vals.new_empty(vals.shape if needs_vals else (0,))
 
@@ -421,12 +437,11 @@ class HierarchicalSAELoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, indices, weight, vals, bias, target, needs_grad):
-        loss, suffix, units = ops.hierarchical_forward(indices, weight, vals, bias, target, needs_grad)
-        ordered = torch.are_deterministic_algorithms_enabled() or weight.dtype != suffix.dtype
-        pairs = ()
-        if needs_grad and ctx.needs_input_grad[1] and ordered:
-            # Here and not in the backward pass: the host has time for it while the device computes the loss.
-            pairs = _order(indices, weight, vals, suffix, units)
+        dtype = compute_dtype(weight, vals, bias, target)
+        needs_pairs = needs_grad and ctx.needs_input_grad[1] and _is_ordered(weight, dtype, needs_weight=True)
+        loss, suffix, units, pairs = ops.hierarchical_forward(
+            indices, weight, vals, bias, target, needs_grad, needs_pairs
+        )
         ctx.save_for_backward(suffix, units, indices, weight, vals, bias, target, *pairs)
         return loss
 
@@ -438,11 +453,8 @@ class HierarchicalSAELoss(torch.autograd.Function):
         scale = grad_out * (2.0 / (indices.shape[1] * suffix.numel()))
         weight_grad = vals_grad = bias_grad = target_grad = None
         if needs_weight or needs_vals:
-            ordered = torch.are_deterministic_algorithms_enabled() or len(pairs) > 0
-            if ordered and needs_weight and not pairs:  # the mode was switched on since
-                pairs = _order(indices, weight, vals, suffix, units)
             grads = ops.hierarchical_backward(
-                scale, suffix, units, indices, weight, vals, bias, target, pairs, ordered, needs_weight, needs_vals
+                scale, suffix, units, indices, weight, vals, bias, target, pairs, needs_weight, needs_vals
             )
             weight_grad = grads[0] if needs_weight else None
             vals_grad = grads[1] if needs_vals else None
@@ -451,11 +463,6 @@ class HierarchicalSAELoss(torch.autograd.Function):
         if needs_target:
             target_grad = (suffix * -scale).to(target.dtype)
         return None, weight_grad, vals_grad, bias_grad, target_grad, None
-
-
-def _order(indices, weight, vals, suffix, units):
-    units = units if units.numel() else None
-    return ops.order_pairs(indices, vals, units, weight.shape[0], suffix.dtype, True)
 
 
 def triton_hierarchical_sae_loss(

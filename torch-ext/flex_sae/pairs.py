@@ -18,8 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ._ops import add_op_namespace_prefix
-from .checks import cdiv, device_of, new_empty, next_power_of_2
+from .checks import cdiv, new_empty, next_power_of_2
 
 # Columns of a program of the feature sum, one warp. Swept over 256, 512 and 1024 on an H200 (B=4096, F=65536, D=2304):
 # 0.40, 0.37, 0.43 ms at K=32 and 0.73, 0.66, 0.72 ms at K=128.
@@ -28,8 +27,9 @@ SUM_BLOCK_D = 512
 _MIN_WINDOW = 256
 # Windows at most, so that the pieces take at most [2 * _MAX_WINDOWS, D] whatever B and K are.
 _MAX_WINDOWS = 2048
-# Pairs of a program, four warps, of the kernels that only move pairs: 2% of a step together.
+# Pairs of a program, four warps, of the kernels that only move pairs or finish sums: 4% of a step together.
 _FLAT_BLOCK = 1024
+_FINISH_BLOCK_P = 512
 # Positions in the order are int32 below this many pairs: then those a window past the last pair still fit.
 _MAX_INT32_PAIRS = 2**30
 # torch.sort takes at most this many elements along a dimension.
@@ -55,26 +55,49 @@ def load_pairs(
     return feature, tl.where(valid, val, float("nan")), valid & exists
 
 
+@triton.jit
+def _load_feature(keys_ptr, p, exists):
+    """The feature of pair p in the order, of which its key is the number within the range of the key's dtype."""
+    key = tl.load(keys_ptr + p, mask=exists, other=0).to(tl.int32)
+    return key + 2**15 if keys_ptr.dtype.element_ty == tl.int16 else key
+
+
 @triton.jit(do_not_specialize=["P", "F"])
-def _gather_pairs_kernel(
-    features_ptr,  # [P]
-    coefs_ptr,  # [P]
-    samples_ptr,  # [P] or None
-    slots_ptr,  # [B * K] or None
-    order_ptr,  # [P]
-    indices_ptr,  # [B * K]
-    vals_ptr,  # [B * K]
-    units_ptr,  # [B] or None
+def _make_keys_kernel(
+    keys_ptr,  # [P]
+    indices_ptr,  # [P]
     P,
-    K,
     F,
     BLOCK: tl.constexpr,
 ):
     p = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     exists = p < P
+    feature = tl.load(indices_ptr + p, mask=exists, other=0)
+    key = tl.minimum(tl.maximum(feature, 0), F - 1)
+    if keys_ptr.dtype.element_ty == tl.int16:
+        key -= 2**15
+    tl.store(keys_ptr + p, key.to(keys_ptr.dtype.element_ty), mask=exists)
+
+
+@triton.jit(do_not_specialize=["P", "F", "searches"])
+def _gather_pairs_kernel(
+    ends_ptr,  # [F]
+    coefs_ptr,  # [P]
+    samples_ptr,  # [P] or None
+    slots_ptr,  # [B * K] or None
+    keys_ptr,  # [P]
+    order_ptr,  # [P]
+    vals_ptr,  # [B * K]
+    units_ptr,  # [B] or None
+    P,
+    K,
+    F,
+    searches,  # halvings that leave nothing of P
+    BLOCK: tl.constexpr,
+):
+    p = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    exists = p < P
     pair = tl.load(order_ptr + p, mask=exists, other=0)
-    feature = tl.load(indices_ptr + pair, mask=exists, other=0)
-    tl.store(features_ptr + p, tl.minimum(tl.maximum(feature, 0), F - 1), mask=exists)
     coef = tl.load(vals_ptr + pair, mask=exists, other=0.0).to(coefs_ptr.dtype.element_ty)
     if units_ptr is not None:
         coef *= tl.load(units_ptr + pair // K, mask=exists, other=0.0)
@@ -84,24 +107,35 @@ def _gather_pairs_kernel(
     if slots_ptr is not None:
         tl.store(slots_ptr + pair, p, mask=exists)
 
+    # As many programs again look up features: how many keys are at most this one? Between `low` and `high`.
+    feature = p
+    low = tl.zeros([BLOCK], tl.int64)
+    high = tl.where(feature < F, P, low)
+    for _ in range(searches):
+        middle = (low + high) // 2
+        open = low < high
+        fits = open & (_load_feature(keys_ptr, middle, open) <= feature)
+        low = tl.where(fits, middle + 1, low)
+        high = tl.where(fits, high, middle)
+    tl.store(ends_ptr + feature, low, mask=feature < F)
 
-@triton.jit(do_not_specialize=["offset", "P", "F"], do_not_specialize_on_alignment=["shifts_ptr"])
+
+@triton.jit(do_not_specialize=["offset", "P"], do_not_specialize_on_alignment=["shifts_ptr"])
 def _merge_order_kernel(
-    merged_ptr,  # [B * K]
-    order_ptr,  # [P], of a part of the pairs
-    indices_ptr,  # [B * K]
+    merged_keys_ptr,  # [B * K]
+    merged_order_ptr,  # [B * K]
+    keys_ptr,  # [P], of a part of the pairs
+    order_ptr,  # [P]
     shifts_ptr,  # [F], how far the pairs of a feature move
     offset,  # the pairs before the part
     P,
-    F,
     BLOCK: tl.constexpr,
 ):
     p = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     exists = p < P
-    pair = offset + tl.load(order_ptr + p, mask=exists, other=0)
-    feature = tl.load(indices_ptr + pair, mask=exists, other=0)
-    shift = tl.load(shifts_ptr + tl.minimum(tl.maximum(feature, 0), F - 1), mask=exists, other=0)
-    tl.store(merged_ptr + p + shift, pair, mask=exists)
+    place = p + tl.load(shifts_ptr + _load_feature(keys_ptr, p, exists), mask=exists, other=0)
+    tl.store(merged_keys_ptr + place, tl.load(keys_ptr + p, mask=exists, other=0), mask=exists)
+    tl.store(merged_order_ptr + place, offset + tl.load(order_ptr + p, mask=exists, other=0), mask=exists)
 
 
 @triton.jit
@@ -123,11 +157,11 @@ def _load_row_ids(samples_ptr, p, end):
 def _sum_pairs_kernel(
     out_ptr,  # [F, D]
     pieces_ptr,  # [2 * windows, D]
-    dots_ptr,  # [cdiv(D, BLOCK_D), P], a tile's share of <weight[features[p]], rows[p]>
+    dots_ptr,  # [cdiv(D, BLOCK_D), P], a tile's share of <weight[feature of p], rows[p]>
     rows_ptr,  # [B, D], the row of pair p at samples[p]; without samples [P, COLS], at p
     samples_ptr,  # [P] or None
     coefs_ptr,  # [P]
-    features_ptr,  # [P], ascending
+    keys_ptr,  # [P]
     ends_ptr,  # [F]
     weight_ptr,  # [F, D]
     scale_ptr,  # 0-dim
@@ -152,7 +186,7 @@ def _sum_pairs_kernel(
         # A window meets at most two heavy features: one that reaches its start, one that reaches its end.
         first = (pid // 2).to(ends_ptr.dtype.element_ty) * window
         stop = tl.minimum(first + window, P)
-        feature = tl.load(features_ptr + tl.where(pid % 2 == 0, first, stop - 1))
+        feature = _load_feature(keys_ptr, tl.where(pid % 2 == 0, first, stop - 1), True)
         start, end = _segment(ends_ptr, feature)
         active = (end - start > window) & ((pid % 2 == 0) | (start > first))
         start = tl.maximum(start, first)
@@ -198,157 +232,147 @@ def _sum_pairs_kernel(
                 tl.store(out_ptr + out_row * D + cols, total, mask=in_row, eviction_policy="evict_first")
 
 
-@triton.jit(do_not_specialize=["P", "window"])
-def _sum_pieces_kernel(
-    out_ptr,  # [F, D]
+@triton.jit(do_not_specialize=["P", "window", "windows"])
+def _finish_kernel(
+    out_ptr,  # [F, D], or None
     pieces_ptr,  # [2 * windows, D]
-    features_ptr,  # [P], ascending
+    vals_grad_ptr,  # [B * K], or None
+    dots_ptr,  # [dot_tiles, P]
+    order_ptr,  # [P]
+    keys_ptr,  # [P]
     ends_ptr,  # [F]
     scale_ptr,  # 0-dim
     D,
     P,
     window,
+    windows,
+    dot_tiles,
     BLOCK_W: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_P: tl.constexpr,
 ):
-    # The window in which a heavy feature starts adds up its pieces. The feature is the last one of that window.
-    w = tl.program_id(0)
-    first = w.to(ends_ptr.dtype.element_ty) * window
-    feature = tl.load(features_ptr + tl.minimum(first + window, P) - 1)
-    start, end = _segment(ends_ptr, feature)
-    if (end - start > window) & (start >= first):
-        cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-        in_row = cols < D
-        total = tl.zeros([BLOCK_D], scale_ptr.dtype.element_ty)
-        last = (end - 1) // window
-        for w0 in range(w, last + 1, BLOCK_W):
-            ws = w0 + tl.arange(0, BLOCK_W)
-            piece = 2 * ws.to(tl.int64) + tl.where((ws == w) & (start > first), 1, 0)
-            mask = (ws <= last)[:, None] & in_row[None, :]
-            total += tl.sum(tl.load(pieces_ptr + (piece * D)[:, None] + cols[None, :], mask=mask, other=0.0), axis=0)
-        tl.store(out_ptr + feature.to(tl.int64) * D + cols, total * tl.load(scale_ptr), mask=in_row)
-
-
-@triton.jit(do_not_specialize=["P"])
-def _scatter_dots_kernel(
-    vals_grad_ptr,  # [B * K]
-    dots_ptr,  # [tiles, P]
-    order_ptr,  # [P]
-    scale_ptr,  # 0-dim
-    P,
-    tiles,
-    BLOCK: tl.constexpr,
-):
-    p = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    exists = p < P
-    total = tl.zeros([BLOCK], scale_ptr.dtype.element_ty)
-    for _ in range(tiles):
-        total += tl.load(dots_ptr + p, mask=exists, other=0.0)
-        dots_ptr += P
-    pair = tl.load(order_ptr + p, mask=exists, other=0)
-    tl.store(vals_grad_ptr + pair, total * tl.load(scale_ptr), mask=exists)
+    # Two small jobs that share a launch: every program does a part of each.
+    pid = tl.program_id(0)
+    scale = tl.load(scale_ptr)
+    if vals_grad_ptr is not None:
+        p = pid.to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
+        exists = p < P
+        dot = tl.zeros([BLOCK_P], scale.dtype)
+        for _ in range(dot_tiles):
+            dot += tl.load(dots_ptr + p, mask=exists, other=0.0)
+            dots_ptr += P
+        tl.store(vals_grad_ptr + tl.load(order_ptr + p, mask=exists, other=0), dot * scale, mask=exists)
+    if out_ptr is not None:
+        # The window in which a heavy feature starts adds up its pieces. The feature is the last one of that window.
+        w = pid % windows
+        first = w.to(ends_ptr.dtype.element_ty) * window
+        feature = _load_feature(keys_ptr, tl.minimum(first + window, P) - 1, True)
+        start, end = _segment(ends_ptr, feature)
+        tile_start = pid // windows * BLOCK_D
+        if (end - start > window) & (start >= first) & (tile_start < D):
+            cols = tile_start + tl.arange(0, BLOCK_D)
+            in_row = cols < D
+            total = tl.zeros([BLOCK_D], scale.dtype)
+            last = (end - 1) // window
+            for w0 in range(w, last + 1, BLOCK_W):
+                ws = w0 + tl.arange(0, BLOCK_W)
+                piece = 2 * ws.to(tl.int64) + tl.where((ws == w) & (start > first), 1, 0)
+                mask = (ws <= last)[:, None] & in_row[None, :]
+                rows = tl.load(pieces_ptr + (piece * D)[:, None] + cols[None, :], mask=mask, other=0.0)
+                total += tl.sum(rows, axis=0)
+            tl.store(out_ptr + feature.to(tl.int64) * D + cols, total * scale, mask=in_row)
 
 
 class OrderedPairs(NamedTuple):
     """The P = B * K pairs ordered by feature, those of one feature by their place in ``indices.flatten()``."""
 
+    keys: torch.Tensor  # [P] int16 or int32, ascending: the features, from the lowest number of the dtype or from 0
     order: torch.Tensor  # [P] int64, places in indices.flatten()
-    features: torch.Tensor  # [P] int32, ascending
     ends: torch.Tensor  # [F], where the segment of each feature ends
     coefs: torch.Tensor  # [P], vals in this order, times the unit of their sample
-    samples: torch.Tensor  # [P], order // K, or empty
-    slots: torch.Tensor  # [B * K], the inverse of order, or empty
+    link: torch.Tensor  # samples [P], order // K; or slots [B * K], the inverse of order
 
 
-def _order_pairs(
-    indices: torch.Tensor,  # [B, K]
-    vals: torch.Tensor,  # [B, K]
-    units: Optional[torch.Tensor],  # [B]
+def order_pairs(
+    indices: torch.Tensor,  # [B, K], contiguous
+    vals: torch.Tensor,  # [B, K], contiguous
     F: int,
     dtype: torch.dtype,
     want_slots: bool,
+    units: Optional[torch.Tensor] = None,  # [B]
 ) -> OrderedPairs:
     """Order the pairs by feature, with ``slots`` for rows that are yet to be written in this order, else with
     ``samples`` for rows that lie by sample. A feature out of range counts as the nearest one in range, whose gradient
     becomes NaN with that of the sample."""
-    indices, vals = indices.contiguous(), vals.contiguous()
     K, P = indices.shape[1], indices.numel()
-    with device_of(indices):
-        order, ends = _sort_by_feature(indices.flatten(), F)
-        features = indices.new_empty(P, dtype=torch.int32)
-        coefs = vals.new_empty(P, dtype=dtype)
-        samples = indices.new_empty(0 if want_slots else P, dtype=torch.int32)
-        slots = indices.new_empty(P if want_slots else 0, dtype=_place_dtype(P))
-        _gather_pairs_kernel[(cdiv(P, _FLAT_BLOCK),)](
-            features,
-            coefs,
-            None if want_slots else samples,
-            slots if want_slots else None,
-            order,
-            indices,
-            vals,
-            units,
-            P,
-            K,
-            F,
-            BLOCK=_FLAT_BLOCK,
-        )
-    return OrderedPairs(order, features, ends, coefs, samples, slots)
+    keys, order = _sort_by_feature(indices.view(-1), F)
+    pairs = OrderedPairs(keys, order, *_new_ends_coefs_link(indices, F, dtype, want_slots))
+    _gather_pairs_kernel[(cdiv(max(P, F), _FLAT_BLOCK),)](
+        pairs.ends,
+        pairs.coefs,
+        None if want_slots else pairs.link,
+        pairs.link if want_slots else None,
+        keys,
+        order,
+        vals,
+        units,
+        P,
+        K,
+        F,
+        P.bit_length(),
+        BLOCK=_FLAT_BLOCK,
+    )
+    return pairs
 
 
-torch.library.define(
-    add_op_namespace_prefix("order_pairs"),
-    "(Tensor indices, Tensor vals, Tensor? units, int F, ScalarType dtype, bool want_slots)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-torch.library.impl(add_op_namespace_prefix("order_pairs"), "default", _order_pairs)
+def order_pairs_fake(indices: torch.Tensor, F: int, dtype: torch.dtype, want_slots: bool) -> OrderedPairs:
+    """Tensors of the shapes and dtypes of `order_pairs`."""
+    keys, order = (indices.new_empty(indices.numel(), dtype=kind) for kind in (_key_dtype(F), torch.int64))
+    return OrderedPairs(keys, order, *_new_ends_coefs_link(indices, F, dtype, want_slots))
 
 
-@torch.library.register_fake(add_op_namespace_prefix("order_pairs"))
-def _order_pairs_fake(indices, vals, units, F, dtype, want_slots):
+def _new_ends_coefs_link(indices, F, dtype, want_slots):
     P = indices.numel()
+    place_dtype = torch.int32 if P < _MAX_INT32_PAIRS else torch.int64
     return (
-        indices.new_empty(P, dtype=torch.int64),
-        indices.new_empty(P, dtype=torch.int32),
-        indices.new_empty(F, dtype=_place_dtype(P)),
+        indices.new_empty(F, dtype=place_dtype),
         indices.new_empty(P, dtype=dtype),
-        indices.new_empty(0 if want_slots else P, dtype=torch.int32),
-        indices.new_empty(P if want_slots else 0, dtype=_place_dtype(P)),
+        indices.new_empty(P, dtype=place_dtype if want_slots else torch.int32),
     )
 
 
-def _place_dtype(P):
-    return torch.int32 if P < _MAX_INT32_PAIRS else torch.int64
+def _key_dtype(F):
+    # torch.sort is a radix sort: half the passes where a feature fits 16 bits.
+    return torch.int16 if F <= 2**16 else torch.int32
 
 
 def _sort_by_feature(indices, F):
-    """The stable order of flat indices by feature, and where each feature ends in it."""
-    # torch.sort is a radix sort: half the passes where a feature fits 16 bits.
-    dtype, lowest = (torch.int16, -(2**15)) if F <= 2**16 else (torch.int32, 0)
-    features = torch.arange(lowest, lowest + F, device=indices.device, dtype=dtype)
-    orders, ends = [], []
-    for part in indices.split(_MAX_SORT):
-        keys, order = torch.sort((part.clamp(0, F - 1) + lowest).to(dtype), stable=True)
-        orders.append(order)
-        out_int32 = _place_dtype(indices.numel()) == torch.int32
-        ends.append(torch.searchsorted(keys, features, right=True, out_int32=out_int32))
-    return (orders[0], ends[0]) if len(orders) == 1 else _merge(orders, ends, indices)
+    """The keys of flat indices in ascending order, and that order, which is stable."""
+    keys = indices.new_empty(indices.numel(), dtype=_key_dtype(F))
+    _make_keys_kernel[(cdiv(keys.numel(), _FLAT_BLOCK),)](keys, indices, keys.numel(), F, BLOCK=_FLAT_BLOCK)
+    if keys.numel() <= _MAX_SORT:
+        return torch.sort(keys, stable=True)
+    return _merge([torch.sort(part, stable=True) for part in keys.split(_MAX_SORT)], F)
 
 
-def _merge(orders, ends, indices):
-    """One order and its ends from those of consecutive parts."""
-    counts = torch.stack(ends).diff(dim=1, prepend=ends[0].new_zeros(len(ends), 1))  # [parts, F]
-    merged_ends = counts.sum(0).cumsum(0).to(ends[0].dtype)
+def _merge(parts, F):
+    """One order, and its keys, from those of consecutive parts."""
+    dtype = parts[0][0].dtype
+    lowest = torch.iinfo(dtype).min if dtype == torch.int16 else 0
+    features = torch.arange(lowest, lowest + F, device=parts[0][0].device, dtype=dtype)
+    ends = torch.stack([torch.searchsorted(keys, features, right=True) for keys, _ in parts])  # [parts, F]
+    counts = ends.diff(dim=1, prepend=ends.new_zeros(len(parts), 1))
     # A feature's pairs lie part after part: by how far each segment of each part moves.
-    shifts = merged_ends - counts.sum(0) + counts.cumsum(0) - torch.stack(ends)
-    merged, offset = orders[0].new_empty(indices.numel()), 0
-    for order, shift in zip(orders, shifts):
-        P = order.numel()
+    shifts = counts.sum(0).cumsum(0) - counts.sum(0) + counts.cumsum(0) - ends
+    total = sum(keys.numel() for keys, _ in parts)
+    merged_keys, merged_order, offset = features.new_empty(total), ends.new_empty(total), 0
+    for (keys, order), shift in zip(parts, shifts):
+        P = keys.numel()
         _merge_order_kernel[(cdiv(P, _FLAT_BLOCK),)](
-            merged, order, indices, shift, offset, P, len(shift), BLOCK=_FLAT_BLOCK
+            merged_keys, merged_order, keys, order, shift, offset, P, BLOCK=_FLAT_BLOCK
         )
         offset += P
-    return merged, merged_ends
+    return merged_keys, merged_order
 
 
 def new_pieces(pairs: OrderedPairs, D: int) -> torch.Tensor:
@@ -365,7 +389,8 @@ def _windows(pairs):
 
 def sum_pairs(
     pairs: OrderedPairs,
-    rows: torch.Tensor,  # [B, D], or with slots [P, columns]
+    rows: torch.Tensor,  # [B, D], or without samples [P, columns]
+    samples: Optional[torch.Tensor],  # [P]
     weight: torch.Tensor,  # [F, D]
     scale: torch.Tensor,  # 0-dim
     out: Optional[torch.Tensor],  # [F, D]
@@ -374,20 +399,19 @@ def sum_pairs(
     first_column: int = 0,
 ) -> None:
     """Write ``out[f] = scale * sum of coefs[p] * rows[p]`` over the pairs of each feature f, but for heavy features,
-    whose pieces `sum_pieces` adds, and ``dots[tile, p]``, a tile's share of ``<weight[f], rows[p]>``. What is None is
-    left out. ``rows`` may hold some columns of the whole, from ``first_column`` on."""
+    whose ``pieces`` are left to `finish`, and ``dots[tile, p]``, a tile's share of ``<weight[f], rows[p]>``. What is
+    None is left out. ``rows`` may hold some columns of the whole, from ``first_column`` on."""
     (F, D), columns = weight.shape, rows.shape[1]
     window, windows = _windows(pairs)
     block_d = min(SUM_BLOCK_D, next_power_of_2(columns))
-    by_sample = pairs.samples.numel() > 0
     _sum_pairs_kernel[(2 * windows + F, cdiv(min(columns, D - first_column), block_d))](
         out,
         pieces,
         dots,
         rows,
-        pairs.samples if by_sample else None,
+        samples,
         pairs.coefs,
-        pairs.features,
+        pairs.keys,
         pairs.ends,
         weight,
         scale,
@@ -401,37 +425,44 @@ def sum_pairs(
         SUMS=out is not None,
         DOTS=dots is not None,
         # A sample's row is read by many features, a row in the order by one.
-        ROWS_POLICY="" if by_sample else "evict_first",
+        ROWS_POLICY="evict_first" if samples is None else "",
         # Enough pairs at a time to keep a warp's loads busy. Swept over 1 to 16 on an H200: flat to within 5%.
-        BLOCK_P=min(8, (SUM_BLOCK_D if by_sample else 2 * SUM_BLOCK_D) // block_d),
+        BLOCK_P=min(8, (2 * SUM_BLOCK_D if samples is None else SUM_BLOCK_D) // block_d),
         BLOCK_D=block_d,
         num_warps=1,
     )
 
 
-def sum_pieces(pairs: OrderedPairs, pieces: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> None:
-    """Write the rows of ``out [F, D]`` of heavy features from the ``pieces`` that `sum_pairs` left."""
-    D = out.shape[1]
-    window, windows = _windows(pairs)
+def finish(
+    pairs: OrderedPairs,
+    scale: torch.Tensor,  # 0-dim
+    out: Optional[torch.Tensor],  # [F, D]
+    pieces: Optional[torch.Tensor],  # [2 * windows, D]
+    vals_grad: Optional[torch.Tensor] = None,  # [B, K], contiguous
+    dots: Optional[torch.Tensor] = None,  # [tiles, P]
+) -> None:
+    """Write the rows of ``out`` of heavy features from their ``pieces``, and ``vals_grad[order[p]] = scale *
+    dots[:, p].sum()``. What is None is left out."""
+    P, (window, windows) = pairs.order.numel(), _windows(pairs)
+    D = out.shape[1] if out is not None else 1
     block_d = min(SUM_BLOCK_D, next_power_of_2(D))
-    _sum_pieces_kernel[(windows, cdiv(D, block_d))](
+    pieces_programs = 0 if out is None else windows * cdiv(D, block_d)
+    dots_programs = 0 if dots is None else cdiv(P, _FINISH_BLOCK_P)
+    _finish_kernel[(max(pieces_programs, dots_programs),)](
         out,
         pieces,
-        pairs.features,
+        vals_grad,
+        dots,
+        pairs.order,
+        pairs.keys,
         pairs.ends,
         scale,
         D,
-        pairs.order.numel(),
+        P,
         window,
-        BLOCK_W=4,
+        windows,
+        dots.shape[0] if dots is not None else 0,
+        BLOCK_W=8,
         BLOCK_D=block_d,
-        num_warps=1,
-    )
-
-
-def scatter_dots(pairs: OrderedPairs, dots: torch.Tensor, scale: torch.Tensor, vals_grad: torch.Tensor) -> None:
-    """Write ``vals_grad[order[p]] = scale * dots[:, p].sum()``; ``vals_grad [B, K]`` is contiguous."""
-    P = pairs.order.numel()
-    _scatter_dots_kernel[(cdiv(P, _FLAT_BLOCK),)](
-        vals_grad, dots, pairs.order, scale, P, dots.shape[0], BLOCK=_FLAT_BLOCK
+        BLOCK_P=_FINISH_BLOCK_P,
     )

@@ -30,7 +30,7 @@ from .checks import (
     tile_columns,
     unit_stride_rows,
 )
-from .pairs import SUM_BLOCK_D, OrderedPairs, load_pairs, new_pieces, scatter_dots, sum_pairs, sum_pieces
+from .pairs import SUM_BLOCK_D, OrderedPairs, finish, load_pairs, new_pieces, order_pairs, order_pairs_fake, sum_pairs
 
 # Steps of a forward tile. Swept over 8, 16 and 32 on an H200 (B=4096, F=65536, D=2304): within 5% in float32, 8 best in
 # bfloat16.
@@ -90,11 +90,13 @@ def _topk_forward(
     bias: torch.Tensor,  # [D]
     target: torch.Tensor,  # [B, D]
     needs_residual: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss, and the residual [B, D] if it is needed (else an empty tensor)."""
+    needs_pairs: bool,
+) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """The loss, and what is needed of the residual [B, D] (else an empty tensor) and the OrderedPairs (else none)."""
     (B, K), (F, D) = indices.shape, weight.shape
     dtype = compute_dtype(weight, vals, bias, target)
     weight, target = unit_stride_rows(weight), unit_stride_rows(target)
+    indices, vals = indices.contiguous(), vals.contiguous()
     block_d = tile_columns(weight, dtype)
     tiles = cdiv(D, block_d)
     loss = torch.empty((tiles, B), dtype=dtype, device=weight.device)
@@ -103,9 +105,9 @@ def _topk_forward(
         _topk_forward_kernel[(B, tiles)](
             loss,
             residual,
-            indices.contiguous(),
+            indices,
             weight,
-            vals.contiguous(),
+            vals,
             bias.contiguous(),
             target,
             weight.stride(0),
@@ -119,7 +121,9 @@ def _topk_forward(
             BLOCK_D=block_d,
             num_warps=1,
         )
-    return loss.sum(), residual
+        # The host has time for this while the device computes the loss, more than in the backward pass.
+        pairs = list(order_pairs(indices, vals, F, dtype, want_slots=False)) if needs_pairs else []
+    return loss.sum(), residual, pairs
 
 
 def _topk_backward(
@@ -141,17 +145,16 @@ def _topk_backward(
     with device_of(weight):
         pieces = new_pieces(pairs, D) if needs_weight else None
         dots = new_empty(residual, cdiv(D, SUM_BLOCK_D), vals.numel()) if needs_vals else None
-        sum_pairs(pairs, residual, weight, scale, weight_grad if needs_weight else None, pieces, dots)
-        if needs_weight:
-            sum_pieces(pairs, pieces, scale, weight_grad)
-        if needs_vals:
-            scatter_dots(pairs, dots, scale, vals_grad)
+        out = weight_grad if needs_weight else None
+        sum_pairs(pairs, residual, pairs.link, weight, scale, out, pieces, dots)
+        finish(pairs, scale, out, pieces, vals_grad if needs_vals else None, dots)
     return weight_grad, vals_grad
 
 
 torch.library.define(
     add_op_namespace_prefix("topk_forward"),
-    "(Tensor indices, Tensor weight, Tensor vals, Tensor bias, Tensor target, bool needs_residual) -> (Tensor, Tensor)",
+    "(Tensor indices, Tensor weight, Tensor vals, Tensor bias, Tensor target, bool needs_residual, bool needs_pairs)"
+    " -> (Tensor, Tensor, Tensor[])",
 )
 torch.library.impl(add_op_namespace_prefix("topk_forward"), "default", _topk_forward)
 
@@ -164,9 +167,11 @@ torch.library.impl(add_op_namespace_prefix("topk_backward"), "default", _topk_ba
 
 
 @torch.library.register_fake(add_op_namespace_prefix("topk_forward"))
-def _topk_forward_fake(indices, weight, vals, bias, target, needs_residual):
+def _topk_forward_fake(indices, weight, vals, bias, target, needs_residual, needs_pairs):
     dtype = compute_dtype(weight, vals, bias, target)
-    return weight.new_empty((), dtype=dtype), weight.new_empty(target.shape if needs_residual else (0,), dtype=dtype)
+    residual = weight.new_empty(target.shape if needs_residual else (0,), dtype=dtype)
+    pairs = list(order_pairs_fake(indices, weight.shape[0], dtype, want_slots=False)) if needs_pairs else []
+    return residual.new_empty(()), residual, pairs
 
 
 @torch.library.register_fake(add_op_namespace_prefix("topk_backward"))
@@ -179,11 +184,8 @@ class TopKSAELoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, indices, weight, vals, bias, target, needs_grad):
-        loss, residual = ops.topk_forward(indices, weight, vals, bias, target, needs_grad)
-        pairs = ()
-        if needs_grad and (ctx.needs_input_grad[1] or ctx.needs_input_grad[2]):
-            # Here and not in the backward pass: the host has time for it while the device computes the loss.
-            pairs = ops.order_pairs(indices, vals, None, weight.shape[0], residual.dtype, False)
+        needs_pairs = needs_grad and any(ctx.needs_input_grad[1:3])
+        loss, residual, pairs = ops.topk_forward(indices, weight, vals, bias, target, needs_grad, needs_pairs)
         ctx.save_for_backward(residual, weight, vals, *pairs)
         ctx.bias_dtype, ctx.target_dtype = bias.dtype, target.dtype
         return loss
