@@ -76,20 +76,35 @@ def test_float32_rows_are_read_16_bytes_at_a_time(compiled, target, kernel):
         assert count(variant, wide)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+# All lanes along the columns
+ONE_ROW = (
+    ("_topk_forward_kernel", "bfloat16"),
+    ("_topk_forward_kernel", "float16"),
+    ("_hierarchical_forward_kernel", "float32"),
+    ("_hierarchical_forward_kernel", "bfloat16"),
+    ("_hierarchical_forward_kernel", "float16"),
+)
+
+
+@pytest.mark.parametrize("kernel, dtype", ONE_ROW)
 @pytest.mark.parametrize("target", CUDA_TARGETS)
-def test_a_lane_of_the_hierarchical_forward_reads_8_bytes_of_each_row(compiled, target, dtype):
-    for variant in of(compiled, target=target, kernel="_hierarchical_forward_kernel", dtype=dtype):
+def test_a_lane_of_a_forward_kernel_reads_8_bytes_of_each_row(compiled, target, kernel, dtype):
+    for variant in of(compiled, target=target, kernel=kernel, dtype=dtype):
         assert count(variant, r"\bLDG\.E\.(\w+\.)*64\b") >= 32  # the steps of a tile
         assert not count(variant, r"\bLDG\.E\.(\w+\.)*128\b")
 
 
-@pytest.mark.parametrize("dtype, words", [("float32", 1), ("float64", 2), ("float16", 1), ("bfloat16", 1)])
+@pytest.mark.parametrize("kernel, dtype", [*ONE_ROW, *((name, "float64") for name in dict(ONE_ROW))])
 @pytest.mark.parametrize("target", CUDA_TARGETS)
-def test_the_scan_over_steps_stays_inside_a_thread(compiled, target, dtype, words):
-    for variant in of(compiled, target=target, kernel="_hierarchical_forward_kernel", dtype=dtype):
+def test_sums_and_scans_over_steps_stay_inside_a_thread(compiled, target, kernel, dtype):
+    for variant in of(compiled, target=target, kernel=kernel, dtype=dtype):
         # One reduction over 32 lanes, that of the loss.
-        assert count(variant, r"\bSHFL\b") == 5 * words
+        assert count(variant, r"\bSHFL\b") == (10 if dtype == "float64" else 5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
+@pytest.mark.parametrize("target", CUDA_TARGETS)
+def test_no_scan_of_the_ordered_gradient_crosses_lanes(compiled, target, dtype):
     for variant in of(compiled, target=target, kernel="_hierarchical_backward_kernel", dtype=dtype, atomic=False):
         # SHFL.UP is what a scan across lanes compiles to; the dot products of d vals reduce by other shuffles.
         assert not count(variant, r"\bSHFL\.UP\b")

@@ -122,6 +122,16 @@ def tile_columns(weight: torch.Tensor, dtype: torch.dtype) -> int:
     return min(columns, next_power_of_2(weight.shape[1]))
 
 
+def lane_columns(weight: torch.Tensor, columns: int) -> int:
+    """Columns that each of the 32 lanes of a warp reads of a row of weight at a time, so that all lanes lie along these
+    ``columns``; fewer where the alignment of rows does not allow it.
+
+    Steps then lie inside a thread, and sums and scans over them need no shuffle. Kernels that take it do not specialise
+    the stride of weight: it alone tells the compiler how wide loads may be.
+    """
+    return math.gcd(weight.stride(0), max(1, columns // 32))
+
+
 def refuse_second_derivative(name: str) -> None:
     """Raise where autograd asks the backward pass for a graph of its own. (`once_differentiable` would drop a second
     derivative silently where ``grad_out`` needs no gradient, as in a gradient penalty.)"""

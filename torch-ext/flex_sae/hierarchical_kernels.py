@@ -33,6 +33,7 @@ from .checks import (
     check_inputs,
     compute_dtype,
     device_of,
+    lane_columns,
     new_empty,
     next_power_of_2,
     refuse_second_derivative,
@@ -41,7 +42,7 @@ from .checks import (
     tile_columns,
     unit_stride_rows,
 )
-from .pairs import OrderedPairs, finish, load_pairs, new_pieces, order_pairs, order_pairs_fake, sum_pairs
+from .pairs import OrderedPairs, finish, load_pairs, new_pieces, new_sums, order_pairs, order_pairs_fake, sum_pairs
 
 # Steps of a forward tile. Of 4 to 32 on an H200 (B=4096, F=65536, D=2304) the best at K=128, by 18% in float32 and by
 # 19% in bfloat16.
@@ -61,9 +62,6 @@ _ATOMIC_BLOCK_K, _ATOMIC_BLOCK_D = 8, 64
 _SCRATCH_BYTES = 2**15
 
 
-# weight_stride is not specialised. Only ALIGN, the columns that each of the 32 lanes of a warp takes, tells the
-# compiler how wide loads may be: all lanes lie along the columns, steps lie inside a thread, and scans over them need
-# no shuffle.
 @triton.jit(do_not_specialize=["B", "F", "weight_stride"])
 def _hierarchical_forward_kernel(
     loss_ptr,  # [cdiv(D, BLOCK_D), B], this tile's share of the loss
@@ -193,7 +191,7 @@ def _hierarchical_backward_kernel(
             tl.store(
                 scratch_ptr + slot_row[:, None] + scratch_cols[None, :],
                 suffixes * per_unit,
-                mask=exists[:, None] & in_row[None, :],
+                mask=exists[:, None],
                 eviction_policy="evict_first",  # the L2 cache is for weight
             )
         if vals_sums_ptr is not None:
@@ -246,7 +244,7 @@ def _hierarchical_forward(
             D,
             NEEDS_SUFFIX=needs_suffix,
             EVEN_K=K % block_k == 0,
-            ALIGN=_align(weight, max(1, block_d // 32)),
+            ALIGN=lane_columns(weight, block_d),
             BLOCK_K=block_k,
             BLOCK_D=block_d,
             num_warps=1,
@@ -270,11 +268,6 @@ def _is_ordered(weight, dtype, needs_weight):
 def _narrow_scratch(weight, dtype):
     """Whether scratch is float16: a gradient that keeps 8 bits, bfloat16, needs no more than 11 bits of S_i."""
     return weight.dtype == torch.bfloat16 and dtype == torch.float32
-
-
-def _align(weight, columns):
-    """The alignment of rows of weight that lets each lane take this many columns at a time."""
-    return math.gcd(weight.stride(0), columns)
 
 
 def _hierarchical_backward(
@@ -348,8 +341,8 @@ def _hierarchical_backward(
                 columns=D,
                 block_k=_ATOMIC_BLOCK_K,
                 block_d=min(_ATOMIC_BLOCK_D, next_power_of_2(D)),
-                # 16 bytes a lane: then 16 lanes cover a row, and two rows share the shuffles of the dot products.
-                align=_align(weight, 4),
+                # Twice as many a lane: then 16 lanes cover a row, and two rows share the shuffles of the dot products.
+                align=lane_columns(weight, 2 * _ATOMIC_BLOCK_D),
                 vals_sums=vals_sums,
                 weight_sums=weight_grad if needs_weight else None,
             )
@@ -365,18 +358,17 @@ def _hierarchical_backward(
         vals_sums = new_empty(suffix, cdiv(min(columns, D), block_d), B, K) if needs_vals else None
         scratch = slots = None
         if needs_weight:
-            weight_grad = new_empty(weight, F, D)
-            scratch = new_empty(suffix, B * K, columns, dtype=scratch_dtype)
             # Deterministic mode may have been switched on since the forward pass.
             pairs = OrderedPairs(*pairs) if pairs else _order_pairs(indices, vals, F, dtype, units)
-            slots, pieces = pairs.link, new_pieces(pairs, D)
+            weight_grad, slots, pieces = new_sums(pairs, weight), pairs.link, new_pieces(pairs, D)
+            scratch = new_empty(suffix, B * K, columns, dtype=scratch_dtype)
         for first_column in range(0, D, columns):
             launch(
                 first_column=first_column,
                 columns=columns,
                 block_k=_SCRATCH_BLOCK_K if block_d <= 64 else _WIDE_SCRATCH_BLOCK_K,
                 block_d=block_d,
-                align=_align(weight, max(1, block_d // 32)),
+                align=lane_columns(weight, block_d),
                 vals_sums=vals_sums,
                 scratch=scratch,
                 slots=slots,

@@ -30,6 +30,7 @@ _MAX_WINDOWS = 2048
 # Pairs of a program, four warps, of the kernels that only move pairs or finish sums: 4% of a step together.
 _FLAT_BLOCK = 1024
 _FINISH_BLOCK_P = 512
+_SPARSE = 2
 # Positions in the order are int32 below this many pairs: then those a window past the last pair still fit.
 _MAX_INT32_PAIRS = 2**30
 # torch.sort takes at most this many elements along a dimension.
@@ -153,24 +154,25 @@ def _load_row_ids(samples_ptr, p, end):
         return tl.load(samples_ptr + p, mask=p < end, other=0).to(tl.int64)
 
 
-@triton.jit(do_not_specialize=["P", "window", "windows", "first_tile"])
+@triton.jit(do_not_specialize=["P", "window", "windows", "by_pair", "first_tile"])
 def _sum_pairs_kernel(
     out_ptr,  # [F, D]
     pieces_ptr,  # [2 * windows, D]
     dots_ptr,  # [cdiv(D, BLOCK_D), P], a tile's share of <weight[feature of p], rows[p]>
-    rows_ptr,  # [B, D], the row of pair p at samples[p]; without samples [P, COLS], at p
+    rows_ptr,  # [B, width], the row of pair p at samples[p]; without samples [P, width], at p
     samples_ptr,  # [P] or None
     coefs_ptr,  # [P]
     keys_ptr,  # [P]
     ends_ptr,  # [F]
     weight_ptr,  # [F, D]
     scale_ptr,  # 0-dim
-    rows_stride,
     weight_stride,
+    width,  # of rows: with a multiple of 16 they are aligned, where D is none too
     D,
     P,
     window,
     windows,
+    by_pair,  # a program for every pair, and out is zero, instead of a program for every feature
     first_tile,  # the tile of out at which rows start
     SUMS: tl.constexpr,
     DOTS: tl.constexpr,
@@ -192,34 +194,43 @@ def _sum_pairs_kernel(
         start = tl.maximum(start, first)
         end = tl.minimum(end, stop)
     else:
-        feature = pid - 2 * windows
+        first = pid - 2 * windows
+        feature = first.to(tl.int32)
+        if by_pair:
+            feature = _load_feature(keys_ptr, first, True)
         start, end = _segment(ends_ptr, feature)
-        active = end - start <= window
+        active = (end - start <= window) & ((start == first) | (by_pair == 0))
     if active:
         dtype: tl.constexpr = scale_ptr.dtype.element_ty
         tile = tl.program_id(1).to(tl.int64)
-        cols = (first_tile + tile) * BLOCK_D + tl.arange(0, BLOCK_D)
+        row_cols = tile * BLOCK_D + tl.arange(0, BLOCK_D)
+        cols = first_tile * BLOCK_D + row_cols
         in_row = cols < D
         out_row = feature.to(tl.int64)
         # weight and out are touched once: they leave the L2 cache to the rows.
         if DOTS:
             weight = tl.load(
-                weight_ptr + out_row * weight_stride + cols, mask=in_row, other=0.0, eviction_policy="evict_first"
+                (weight_ptr + out_row * weight_stride + cols)[None, :],
+                mask=in_row[None, :],
+                other=0.0,
+                eviction_policy="evict_first",
             ).to(dtype)
         total = tl.zeros([BLOCK_D], dtype)
         p = start + tl.arange(0, BLOCK_P)
         row = _load_row_ids(samples_ptr, p, end)
         coef = tl.load(coefs_ptr + p, mask=p < end, other=0.0)
         for _ in range(start, end, BLOCK_P):
-            mask = (p < end)[:, None] & in_row[None, :]
-            row_start = row * rows_stride - first_tile * BLOCK_D
+            mask = (p < end)[:, None] & (row_cols < width)[None, :]
             x = tl.load(
-                rows_ptr + row_start[:, None] + cols[None, :], mask=mask, other=0.0, eviction_policy=ROWS_POLICY
+                rows_ptr + (row * width)[:, None] + row_cols[None, :],
+                mask=mask,
+                other=0.0,
+                eviction_policy=ROWS_POLICY,
             ).to(dtype)
             if SUMS:
                 total += tl.sum(coef[:, None] * x, axis=0)
             if DOTS:
-                tl.store(dots_ptr + tile * P + p, tl.sum(weight[None, :] * x, axis=1), mask=p < end)
+                tl.store(dots_ptr + tile * P + p, tl.sum(weight * x, axis=1), mask=p < end)
             # The next pairs are on their way before these rows are summed.
             p += BLOCK_P
             row = _load_row_ids(samples_ptr, p, end)
@@ -375,6 +386,16 @@ def _merge(parts, F):
     return merged_keys, merged_order
 
 
+def new_sums(pairs: OrderedPairs, weight: torch.Tensor) -> torch.Tensor:
+    """Memory for the gradient of weight [F, D], as `sum_pairs` wants it."""
+    return weight.new_zeros(weight.shape) if _is_sparse(pairs) else new_empty(weight, *weight.shape)
+
+
+def _is_sparse(pairs):
+    """Whether so few features have pairs that it pays to write zeros first and then look at pairs, not features."""
+    return _SPARSE * pairs.order.numel() <= pairs.ends.numel()
+
+
 def new_pieces(pairs: OrderedPairs, D: int) -> torch.Tensor:
     """Memory for the pieces of heavy features [2 * windows, D]."""
     _, windows = _windows(pairs)
@@ -389,22 +410,24 @@ def _windows(pairs):
 
 def sum_pairs(
     pairs: OrderedPairs,
-    rows: torch.Tensor,  # [B, D], or without samples [P, columns]
+    rows: torch.Tensor,  # [B, width], or without samples [P, width], contiguous
     samples: Optional[torch.Tensor],  # [P]
     weight: torch.Tensor,  # [F, D]
     scale: torch.Tensor,  # 0-dim
-    out: Optional[torch.Tensor],  # [F, D]
+    out: Optional[torch.Tensor],  # [F, D], of `new_sums`
     pieces: Optional[torch.Tensor],  # [2 * windows, D]
     dots: Optional[torch.Tensor] = None,  # [tiles, P]
     first_column: int = 0,
 ) -> None:
     """Write ``out[f] = scale * sum of coefs[p] * rows[p]`` over the pairs of each feature f, but for heavy features,
     whose ``pieces`` are left to `finish`, and ``dots[tile, p]``, a tile's share of ``<weight[f], rows[p]>``. What is
-    None is left out. ``rows`` may hold some columns of the whole, from ``first_column`` on."""
-    (F, D), columns = weight.shape, rows.shape[1]
+    None is left out. ``rows`` may hold some columns of the whole, from ``first_column`` on, and end in columns that
+    are no part of it: zeros if there are dots."""
+    (F, D), P, width = weight.shape, pairs.order.numel(), rows.shape[1]
     window, windows = _windows(pairs)
-    block_d = min(SUM_BLOCK_D, next_power_of_2(columns))
-    _sum_pairs_kernel[(2 * windows + F, cdiv(min(columns, D - first_column), block_d))](
+    by_pair = _is_sparse(pairs)
+    block_d = min(SUM_BLOCK_D, next_power_of_2(width))
+    _sum_pairs_kernel[(2 * windows + (P if by_pair else F), cdiv(min(width, D - first_column), block_d))](
         out,
         pieces,
         dots,
@@ -415,12 +438,13 @@ def sum_pairs(
         pairs.ends,
         weight,
         scale,
-        rows.stride(0),
         weight.stride(0),
+        width,
         D,
-        pairs.order.numel(),
+        P,
         window,
         windows,
+        by_pair,
         first_column // block_d,
         SUMS=out is not None,
         DOTS=dots is not None,
