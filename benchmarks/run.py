@@ -12,6 +12,7 @@ benchmarks/plot.py read the results.
 """
 
 import argparse
+import functools
 import importlib
 import importlib.util
 import itertools
@@ -87,6 +88,7 @@ class Case:
     deterministic  step under torch.use_deterministic_algorithms(True)
     adam           step and torch.optim.Adam over weight and bias
     wall           step as the host sees it: many in a row, then one synchronisation
+    one thread     wall under torch.autograd.set_multithreading_enabled(False)
     graph          the replay of a captured step
     """
 
@@ -147,7 +149,7 @@ def scaling() -> list[Case]:
 def small() -> list[Case]:
     """A step that is over before the host has launched it."""
     shape = Shape(256, 32, 16384, 768)
-    return [Case(shape, loss, mode, PEERS[loss]) for mode in ("wall", "graph") for loss in LOSSES]
+    return [Case(shape, loss, mode, PEERS[loss]) for mode in ("wall", "one thread", "graph") for loss in LOSSES]
 
 
 SUITES = {suite.__name__: suite for suite in (targets, readme, scaling, small)}
@@ -306,13 +308,19 @@ def dense_loss(indices, weight, vals, bias, target):
     return torch.nn.functional.mse_loss(torch.addmm(bias, acts, weight), target)
 
 
+@functools.cache
+def compiled(function):
+    """The modes of a shape share what torch.compile made for it."""
+    return torch.compile(function, dynamic=False)
+
+
 def implementations(case: Case, package, baselines: dict) -> dict:
     """The functions of a case's rows by name."""
     name = f"triton_{case.loss}_sae_loss"
     reference = getattr(package, f"{case.loss}_sae_loss")
     peers = {
         "torch eager": reference,
-        "torch.compile": torch.compile(reference, dynamic=False),
+        "torch.compile": compiled(reference),
         "embedding_bag": embedding_bag_loss,
         "dense": dense_loss,
     }
@@ -514,7 +522,8 @@ def run_case(case: Case, inputs: Inputs, functions: dict, want: dict, ceilings: 
     optimizer = torch.optim.Adam([inputs.weight, inputs.bias], lr=0.0) if case.mode == "adam" else None
     records, steps = {}, {}
     torch.use_deterministic_algorithms(case.mode == "deterministic")
-    with torch.set_grad_enabled(case.mode != "forward"):
+    one_thread = torch.autograd.set_multithreading_enabled(case.mode != "one thread")
+    with torch.set_grad_enabled(case.mode != "forward"), one_thread:
         for row, function in functions.items():
             record = records[row] = {**asdict(case.shape), "loss": case.loss, "mode": case.mode, "row": row}
             try:
@@ -527,7 +536,7 @@ def run_case(case: Case, inputs: Inputs, functions: dict, want: dict, ceilings: 
                 record.update(status=status, detail=str(error).strip().partition("\n")[0])
             inputs.clear()
             torch.cuda.empty_cache()
-        timed = (sample_wall if case.mode == "wall" else sample)(steps, inputs.clear)
+        timed = (sample_wall if case.mode in ("wall", "one thread") else sample)(steps, inputs.clear)
     torch.use_deterministic_algorithms(False)
     del inputs.sets[SETS:]
 
@@ -595,9 +604,10 @@ def environment() -> dict[str, str]:
     }
 
 
-def run(suite: str, cases: list[Case], package, baselines: dict) -> dict:
-    """Run the cases; those of one shape stand together and share their inputs, truths and ceilings."""
-    records = []
+def run(suite: str, cases: list[Case], package, baselines: dict, file: Path | None) -> list[dict]:
+    """Run the cases; those of one shape stand together and share their inputs, truths and ceilings. After each shape
+    the records are written to `file`, so that an interruption loses none."""
+    records, about = [], environment()
     with tqdm(total=len(cases), unit="case", dynamic_ncols=True, disable=None) as progress:
         for shape, group in itertools.groupby(cases, key=lambda case: case.shape):
             inputs, truths = Inputs(shape), {}
@@ -613,7 +623,10 @@ def run(suite: str, cases: list[Case], package, baselines: dict) -> dict:
                 progress.update()
             del inputs, truths
             torch.cuda.empty_cache()
-    return {"suite": suite, **environment(), "records": records}
+            if file:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_text(json.dumps({"suite": suite, **about, "records": records}, indent=1) + "\n")
+    return records
 
 
 def main() -> None:
@@ -632,11 +645,8 @@ def main() -> None:
     cases = SUITES[args.suite]()
     if args.quick:
         cases = [quick(case) for case in cases]
-    results = run(args.suite, cases, load_package(), dict(map(load_baseline, args.baseline)))
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(results, indent=1) + "\n")
-    if any(record["row"] == "flex_sae" and record["status"] in ("wrong", "failed") for record in results["records"]):
+    records = run(args.suite, cases, load_package(), dict(map(load_baseline, args.baseline)), args.json)
+    if any(record["row"] == "flex_sae" and record["status"] in ("wrong", "failed") for record in records):
         sys.exit("This package gave a wrong result or failed; see above.")
 
 

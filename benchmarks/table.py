@@ -120,8 +120,8 @@ def scaling(records: list[dict]) -> list[list[str]]:
 
 def small(records: list[dict]) -> list[list[str]]:
     """A small step: eager on the host's clock, and the replay of its CUDA graph."""
-    kinds = [(loss, mode) for loss in LOSSES for mode in ("wall", "graph")]
-    names = {"wall": "eager", "graph": "graph replay"}
+    kinds = [(loss, mode) for loss in LOSSES for mode in ("wall", "one thread", "graph")]
+    names = {"wall": "eager", "one thread": "eager, one thread", "graph": "graph replay"}
     lines = {record["row"]: dict.fromkeys(kinds, "") for record in records}
     for record in records:
         lines[record["row"]][record["loss"], record["mode"]] = time_of(record)

@@ -1,4 +1,4 @@
-"""Compile what the package launches, without a GPU: `python aot_worker.py OUT`, run by test_aot.py.
+"""Compile what the package launches, for a GPU that is not there: `python aot_worker.py TARGET OUT`, for test_aot.py.
 
 A process of its own, because Triton decides at import whether its functions are interpreted. The launchers run on CPU
 tensors under a driver that names a GPU and has none; each launch stops after the compilation, which the JIT itself
@@ -25,9 +25,8 @@ TARGETS = {
 class TargetOnly:
     """What the JIT asks of a driver before it launches."""
 
-    def __init__(self, number, target):
-        # The JIT keeps the kernels of each device apart: a target is a device of its own.
-        self.get_current_device = lambda: number
+    def __init__(self, target):
+        self.get_current_device = lambda: 0
         self.get_current_stream = lambda device: 0
         self.get_current_target = lambda: target
 
@@ -63,7 +62,7 @@ def launch_everything(flex, dtype, B, F):
         ops.hierarchical_backward(scale, state, units, *inputs, pairs, True, True)
 
 
-def main(out):
+def main(target, out):
     flex = get_kernel("t-tech/flex-sae", version=1, trust_remote_code=True)
     compiled = []
     run = JITFunction.run
@@ -74,19 +73,20 @@ def main(out):
             compiled.append((kernel, {"kernel": self.fn.__name__, "atomic": kwargs.get("ATOMIC", False), **step}))
 
     JITFunction.run = compile_only
-    for number, (name, target) in enumerate(TARGETS.items()):
-        driver.set_active(TargetOnly(number, target))
-        for dtype in DTYPES:
-            for B, F in SIZES:
-                step = {"target": name, "dtype": str(dtype).removeprefix("torch."), "B": B, "F": F}
-                launch_everything(flex, dtype, B, F)
-    kernels = []
-    for kernel, facts in compiled:
-        assembly = kernel.asm["amdgcn" if facts["target"].startswith("gfx") else "sass"]
-        kernels.append({**facts, "assembly": assembly})
+    driver.set_active(TargetOnly(TARGETS[target]))
+    for dtype in DTYPES:
+        for B, F in SIZES:
+            step = {"target": target, "dtype": str(dtype).removeprefix("torch."), "B": B, "F": F}
+            launch_everything(flex, dtype, B, F)
+    # Places of 64 bits, as if there were more than 2**30 pairs
+    sys.modules[f"{flex.__name__}.pairs"]._MAX_INT32_PAIRS = 1
+    step = {"target": target, "dtype": "float32", "B": 64, "F": 256}
+    launch_everything(flex, torch.float32, 64, 256)
+    assembly = "amdgcn" if target.startswith("gfx") else "sass"
+    kernels = [{**facts, "assembly": kernel.asm[assembly]} for kernel, facts in compiled]
     with open(out, "w") as file:
         json.dump(kernels, file)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -18,10 +18,16 @@ def compiled(flex, tmp_path_factory):  # flex has built the package and set LOCA
     folder = tmp_path_factory.mktemp("aot")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(folder / "cache")
-    command = [sys.executable, str(Path(__file__).with_name("aot_worker.py")), str(folder / "kernels.json")]
-    finished = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert finished.returncode == 0, finished.stderr
-    return json.loads((folder / "kernels.json").read_text())
+    worker = Path(__file__).with_name("aot_worker.py")
+    workers, kernels = {}, []
+    for target in TARGETS:
+        command = [sys.executable, str(worker), target, str(folder / target)]
+        workers[target] = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    for target, process in workers.items():
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors
+        kernels += json.loads((folder / target).read_text())
+    return kernels
 
 
 def of(compiled, **facts):

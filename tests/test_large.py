@@ -52,9 +52,9 @@ def give_memory_back():
 
 
 @pytest.mark.parametrize("kind", LOSSES)
-@pytest.mark.parametrize("deterministic", [False, True], ids=["default", "deterministic"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("case", CASES)
+# Deterministic mode makes torch's own scatter sort, which it refuses beyond 2**31 elements.
+@pytest.mark.parametrize("case, deterministic", [*((case, False) for case in CASES), ("B * K > 2**31", True)])
 def test_offsets_beyond_32_bits_are_right(flex, kind, case, dtype, deterministic):
     sizes, (samples, columns), gigabytes = CASES[case]
     torch.cuda.empty_cache()

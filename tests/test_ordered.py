@@ -60,6 +60,31 @@ def test_pairs_are_sorted_by_feature_then_place(flex, device, monkeypatch, F, in
         assert torch.equal(pairs.link.long(), order.argsort() if want_slots else order // K)
 
 
+@pytest.mark.parametrize("kind", LOSSES)
+@pytest.mark.parametrize("F", [6, 1100])
+def test_places_of_64_bits_change_no_bit(flex, device, monkeypatch, kind, F):
+    problem = make_problem(16, 33, F, 37, device=device, pattern="one_hot_feature")
+    with deterministic_algorithms():
+        narrow = run(triton_loss(flex, kind), problem)
+        monkeypatch.setattr(submodule(flex, "pairs"), "_MAX_INT32_PAIRS", 1)
+        wide = run(triton_loss(flex, kind), problem)
+    for name, value, other in zip(narrow._fields, narrow, wide, strict=True):
+        assert torch.equal(value, other), name
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+@pytest.mark.parametrize("pattern", ["uniform", "one_hot_feature"])
+def test_a_dictionary_far_larger_than_the_batch(flex, device, monkeypatch, kind, pattern):
+    problem = make_problem(16, 33, 1100, 37, device=device, pattern=pattern)  # half of all pairs: a heavy feature
+    with deterministic_algorithms():
+        by_pair = run(triton_loss(flex, kind), problem)
+        monkeypatch.setattr(submodule(flex, "pairs"), "_SPARSE", 3)
+        by_feature = run(triton_loss(flex, kind), problem)
+    assert_right(kind, problem, by_pair)
+    for name, value, other in zip(by_pair._fields, by_pair, by_feature, strict=True):
+        assert torch.equal(value, other), name
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sizes", [(3, 5, 7, 130), (20, 17, 3, 33), (1, 1, 1, 1)], ids=str)
 def test_the_deterministic_path_is_right(flex, device, sizes, dtype):

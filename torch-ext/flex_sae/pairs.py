@@ -29,7 +29,9 @@ _MIN_WINDOW = 256
 _MAX_WINDOWS = 2048
 # Pairs of a program, four warps, of the kernels that only move pairs or finish sums: 4% of a step together.
 _FLAT_BLOCK = 1024
-_FINISH_BLOCK_P = 512
+_FINISH_BLOCK_P, _FINISH_BLOCK_D = 512, 128
+# From this many features a pair on, most of them have none. On an H200 (B=4096, D=2304, F=262144) a TopK step with
+# K=8, 16, 32, 64 takes 0.91, 1.12, 1.50, 2.14 ms with a program for each pair, 1.54, 1.55, 1.69, 1.94 for each feature.
 _SPARSE = 2
 # Positions in the order are int32 below this many pairs: then those a window past the last pair still fit.
 _MAX_INT32_PAIRS = 2**30
@@ -194,12 +196,12 @@ def _sum_pairs_kernel(
         start = tl.maximum(start, first)
         end = tl.minimum(end, stop)
     else:
-        first = pid - 2 * windows
-        feature = first.to(tl.int32)
+        rank = pid - 2 * windows
+        feature = rank
         if by_pair:
-            feature = _load_feature(keys_ptr, first, True)
+            feature = _load_feature(keys_ptr, rank, True)
         start, end = _segment(ends_ptr, feature)
-        active = (end - start <= window) & ((start == first) | (by_pair == 0))
+        active = (end - start <= window) & ((start == rank) | (by_pair == 0))
     if active:
         dtype: tl.constexpr = scale_ptr.dtype.element_ty
         tile = tl.program_id(1).to(tl.int64)
@@ -469,7 +471,7 @@ def finish(
     dots[:, p].sum()``. What is None is left out."""
     P, (window, windows) = pairs.order.numel(), _windows(pairs)
     D = out.shape[1] if out is not None else 1
-    block_d = min(SUM_BLOCK_D, next_power_of_2(D))
+    block_d = min(_FINISH_BLOCK_D, next_power_of_2(D))
     pieces_programs = 0 if out is None else windows * cdiv(D, block_d)
     dots_programs = 0 if dots is None else cdiv(P, _FINISH_BLOCK_P)
     _finish_kernel[(max(pieces_programs, dots_programs),)](
