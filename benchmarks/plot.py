@@ -55,7 +55,9 @@ def colours(records: list[dict]) -> dict[str, str]:
 def label_sizes(axes, sizes: list[int]) -> None:
     """Ticks at the measured sizes, on a logarithmic axis."""
     axes.set_xscale("log", base=2)
-    axes.set_xticks(sizes, [f"{size // 1024}Ki" if size % 1024 == 0 else str(size) for size in sizes], rotation=45)
+    # Of neighbours closer than a tenth, the label of one.
+    shown = [size for i, size in enumerate(sizes) if i == 0 or size > 1.1 * sizes[i - 1]]
+    axes.set_xticks(shown, [f"{size // 1024}Ki" if size % 1024 == 0 else str(size) for size in shown], rotation=45)
     axes.minorticks_off()
 
 
@@ -72,10 +74,11 @@ def training() -> None:
                 for dtype, style in (("float32", "-"), ("bfloat16", ":")):
                     chosen = [r for r in records if (r["loss"], r["row"], r["dtype"]) == (loss, row, dtype)]
                     values = [r[key] / unit for r in chosen]
-                    axes.plot([r["K"] for r in chosen], values, style, color=colour[row], label=f"{row}, {dtype}")
+                    ks, name = [r["K"] for r in chosen], f"{row}, {dtype}"
+                    axes.plot(ks, values, linestyle=style, color=colour[row], label=name)
             label_sizes(axes, sorted({r["K"] for r in records}))
             axes.set(title=LOSSES[loss], xlabel="K", ylabel=label, ylim=(0, None))
-    grid[0, 0].legend()
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     save(figure, "training.svg")
 
 
@@ -89,16 +92,16 @@ def ceiling() -> None:
             LOSSES[record["loss"]], MODES[record["mode"]], **record
         )
         cases.setdefault(name, []).append(record)
-    figure, axes = plt.subplots(figsize=(9, 0.9 + 0.23 * len(cases)), layout="constrained")
+    figure, axes = plt.subplots(figsize=(10, 1.2 + 0.23 * len(cases)), layout="constrained")
     for y, rows in enumerate(cases.values()):
         for record in rows:
             row = record["row"]
             axes.plot(record["fraction"], y, "o" if row == "flex_sae" else "d", color=colour[row], label=row)
     handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    axes.legend(handles.values(), handles.keys(), loc="lower center", bbox_to_anchor=(0.5, 1), ncols=len(handles))
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=len(handles))
     axes.set_yticks(range(len(cases)), cases, fontsize=8)
     axes.set(xlabel="fraction of the ceiling measured in the same run", xlim=(0, None))
-    axes.axvline(1, color=INK, linewidth=1)
+    axes.axvline(1, color=INK, linewidth=1, marker="")
     axes.invert_yaxis()
     save(figure, "ceiling.svg")
 
@@ -123,11 +126,15 @@ def scaling() -> None:
                 [r[axis] for r in chosen], [r["ms"] for r in chosen], color=COLOURS[2], label="TopK, dense matmul"
             )
         time.set_yscale("log")
-        cost.set(xlabel=axis, ylim=(0, None))
+        cost.axhline(1, color=INK, linewidth=1, marker="")
+        cost.set(xlabel=axis)
+        cost.set_yscale("log", base=2)
+        cost.yaxis.set_major_formatter("{x:g}x")
         label_sizes(cost, sorted({r[axis] for r in along(axis, costs)}))
     grid[0, 0].set_ylabel("time (ms)")
     grid[1, 0].set_ylabel("time a byte moved,\nrelative to the best point")
-    grid[0, AXES.index("F")].legend()
+    handles, labels = grid[0, AXES.index("F")].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     save(figure, "scaling.svg")
 
 

@@ -587,14 +587,14 @@ def output_of(*command: str) -> str:
         return ""
 
 
-def environment() -> dict[str, str]:
+def environment(suite: str, baselines: dict) -> dict[str, str]:
     # FLEX_SAE_COMMIT: for a copy of the checkout without its .git
     commit = os.environ.get("FLEX_SAE_COMMIT") or output_of("git", "rev-parse", "HEAD") or "unknown"
     if "FLEX_SAE_COMMIT" not in os.environ and output_of("git", "status", "--porcelain"):
         commit += "-dirty"
     driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return {
-        "command": " ".join(["python", os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]]),
+        "command": " ".join(["python benchmarks/run.py --suite", suite, *(f"--baseline {b}=PATH" for b in baselines)]),
         "gpu": torch.cuda.get_device_name(),
         "driver": driver.partition("\n")[0] or "unknown",
         "torch": torch.__version__,
@@ -607,7 +607,7 @@ def environment() -> dict[str, str]:
 def run(suite: str, cases: list[Case], package, baselines: dict, file: Path | None) -> list[dict]:
     """Run the cases; those of one shape stand together and share their inputs, truths and ceilings. After each shape
     the records are written to `file`, so that an interruption loses none."""
-    records, about = [], environment()
+    records, about = [], environment(suite, baselines)
     with tqdm(total=len(cases), unit="case", dynamic_ncols=True, disable=None) as progress:
         for shape, group in itertools.groupby(cases, key=lambda case: case.shape):
             inputs, truths = Inputs(shape), {}
