@@ -5,7 +5,8 @@ The gradient of a feature is a sum over the pairs that chose it,
     out[f] = scale * sum over pairs p with feature f of coefs[p] * rows[p].
 
 With the pairs ordered by feature, each row of ``out`` is one segment of the order: it is summed in registers in a fixed
-order and written once. No float atomics, no zero fill, the same bits every run.
+order and written once. No float atomics, the same bits every run, and zeros are only filled in before where most
+features have no pair.
 
 Dictionaries are skewed: one feature may hold a large part of all pairs. A feature of more than ``window`` pairs is
 therefore cut at every multiple of ``window`` in the order. Each piece has a program of its own, and a second kernel
