@@ -74,7 +74,7 @@ def test_no_register_spills_to_memory(compiled, target):
     assert not spilled, f"on {target}: {spilled}"
 
 
-@pytest.mark.parametrize("kernel", ["_topk_forward_kernel", "_sum_pairs_kernel"])
+@pytest.mark.parametrize("kernel", ["_topk_forward_kernel", "_sum_pairs_kernel", "_finish_kernel"])
 @pytest.mark.parametrize("target", TARGETS)
 def test_float32_rows_are_read_16_bytes_at_a_time(compiled, target, kernel):
     wide = r"\bLDG\.E\.(\w+\.)*128\b" if target in CUDA_TARGETS else r"_load_dwordx4\b"

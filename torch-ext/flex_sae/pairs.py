@@ -30,6 +30,7 @@ _MIN_WINDOW = 256
 _MAX_WINDOWS = 2048
 # Pairs of a program, four warps, of the kernels that only move pairs or finish sums: 4% of a step together.
 _FLAT_BLOCK = 1024
+# With 8 pieces at a time. 16 pieces, or 512 columns, spill registers in float64 on one target or another.
 _FINISH_BLOCK_P, _FINISH_BLOCK_D = 512, 128
 # From this many features a pair on, most of them have none. On an H200 (B=4096, D=2304, F=262144) a TopK step with
 # K=8, 16, 32, 64 takes 0.91, 1.12, 1.50, 2.14 ms with a program for each pair, 1.54, 1.55, 1.69, 1.94 for each feature.
