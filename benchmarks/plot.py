@@ -111,7 +111,7 @@ def scaling() -> None:
     records = load("scaling")["records"]
     costs = relative_cost(records)
     figure, grid = plt.subplots(2, len(AXES), figsize=(12, 5.5), sharex="col", sharey="row", layout="constrained")
-    figure.suptitle("Forward + backward around B={B} K={K} F={F} D={D}, float32".format(**records[0]))
+    figure.suptitle("Forward + backward as a CUDA graph around B={B} K={K} F={F} D={D}, float32".format(**records[0]))
     dense = [r for r in records if r["row"] == "dense" and "ms" in r]
     for column, axis in enumerate(AXES):
         time, cost = grid[:, column]

@@ -67,6 +67,7 @@ TRAFFIC = {
         "gather + max(gather, B*K*D*e / copy) + (B*K + F)*D*e / copy",
     ),
 }
+TRAFFIC |= {(loss, "graph"): TRAFFIC[loss, "step"] for loss in LOSSES}
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class Case:
     adam           step and torch.optim.Adam over weight and bias
     wall           step as the host sees it: many in a row, then one synchronisation
     one thread     wall under torch.autograd.set_multithreading_enabled(False)
-    graph          the replay of a captured step
+    graph          the replay of a captured step: what the device takes, whatever the host takes to launch it
     """
 
     shape: Shape
@@ -99,7 +100,7 @@ class Case:
 
 
 def targets() -> list[Case]:
-    """The package's headline sizes, with every peer where dtype and distribution are plain."""
+    """The package's headline sizes, with every peer where dtype and distribution are plain, and as CUDA graphs."""
     cases = []
     for K in (32, 64, 128):
         shape = Shape(4096, K, 65536, 2304)
@@ -112,7 +113,12 @@ def targets() -> list[Case]:
             cases += [Case(half, "topk", "step", ("embedding_bag", "dense")), Case(half, "hierarchical", "step")]
             cases += [Case(half, "hierarchical", "deterministic")]
         cases += [Case(replace(shape, B=8192), loss, "step") for loss in LOSSES]
-    return cases
+    return [also for case in cases for also in ((case, graph(case)) if case.mode == "step" else (case,))]
+
+
+def graph(case: Case) -> Case:
+    """The same as a CUDA graph, of the package and the baselines alone."""
+    return replace(case, mode="graph", peers=())
 
 
 def readme() -> list[Case]:
@@ -136,14 +142,15 @@ SCALING_AXES = {
 
 
 def scaling() -> list[Case]:
-    """Each axis alone; the dense matmul where F decides whether it wins."""
+    """Each axis alone, as a CUDA graph too; the dense matmul where F decides whether it wins."""
     shapes = {SCALING_BASE: ("dense",)}
     for axis, sizes in SCALING_AXES.items():
         for size in sizes:
             shapes.setdefault(replace(SCALING_BASE, **{axis: size}), ("dense",) if axis == "F" else ())
-    return [
+    cases = [
         Case(shape, loss, "step", peers if loss == "topk" else ()) for shape, peers in shapes.items() for loss in LOSSES
     ]
+    return [also for case in cases for also in (case, graph(case))]
 
 
 def small() -> list[Case]:

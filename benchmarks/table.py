@@ -17,6 +17,7 @@ MODES = {
     "step": "forward + backward",
     "deterministic": "forward + backward, deterministic",
     "forward": "forward",
+    "graph": "forward + backward, CUDA graph",
 }
 AXES = "BKFD"
 
@@ -29,8 +30,8 @@ def load(suite: str) -> dict:
 
 
 def relative_cost(records: list[dict]) -> list[dict]:
-    """The package's own records with `cost`: time a byte moved, as a multiple of the loss's best point."""
-    own = [record for record in records if record["row"] == "flex_sae" and "ms" in record]
+    """The package's own CUDA graphs with `cost`: time a byte moved, as a multiple of the loss's best point."""
+    own = [r for r in records if (r["row"], r["mode"]) == ("flex_sae", "graph") and "ms" in r]
     best = {loss: min((r["ms"] / r["bytes"] for r in own if r["loss"] == loss), default=None) for loss in LOSSES}
     return [{**record, "cost": record["ms"] / record["bytes"] / best[record["loss"]]} for record in own]
 
@@ -84,7 +85,8 @@ def targets(records: list[dict]) -> list[list[str]]:
     def cell(record):
         if "ms" not in record:
             return record["status"]
-        return f"{time_of(record)}, {record['fraction']:.0%}, {record['beyond_gradients_mib']:.0f} MiB"
+        memory = f", {record['beyond_gradients_mib']:.0f} MiB" if "beyond_gradients_mib" in record else ""
+        return f"{time_of(record)}, {record['fraction']:.0%}{memory}"
 
     return per_k([record for record in records if record["row"] == "flex_sae"], columns, cell)
 
@@ -104,16 +106,21 @@ def peers(records: list[dict]) -> list[list[str]]:
 
 
 def scaling(records: list[dict]) -> list[list[str]]:
-    """One axis at a time: time, and time a byte moved relative to the best point."""
-    table = [["", *(f"{loss}{what}" for loss in LOSSES.values() for what in ("", ", a byte")), "TopK, dense"]]
+    """One axis at a time: time, eager and as a CUDA graph, and the graph's time a byte moved relative to the best."""
+    whats = ("", ", graph", ", a byte")
+    table = [["", *(f"{loss}{what}" for loss in LOSSES.values() for what in whats), "TopK, dense"]]
     costs = relative_cost(records)
+    eager = [r for r in records if (r["row"], r["mode"]) == ("flex_sae", "step")]
     for axis in AXES:
         dense = {r[axis]: r for r in along(axis, records) if r["row"] == "dense"}
         for size in sorted({record[axis] for record in along(axis, records)}):
             line = [f"{axis}={size}"]
             for loss in LOSSES:
-                found = [r for r in along(axis, costs) if r["loss"] == loss and r[axis] == size]
-                line += [time_of(found[0]), f"{found[0]['cost']:.2f}x"] if found else ["failed", ""]
+                step, replay = (
+                    next((r for r in along(axis, chosen) if (r["loss"], r[axis]) == (loss, size)), {"status": "failed"})
+                    for chosen in (eager, costs)
+                )
+                line += [time_of(step), time_of(replay), f"{replay['cost']:.2f}x" if "cost" in replay else ""]
             table.append([*line, time_of(dense[size]) if size in dense else ""])
     return table
 

@@ -13,6 +13,7 @@ sqrt(n) blocks can lose at worst. On top comes one rounding to the dtype of the 
 import contextlib
 import math
 import os
+import sys
 from typing import NamedTuple
 
 import pytest
@@ -121,6 +122,10 @@ def deterministic_algorithms(enabled=True):
         yield
     finally:
         torch.use_deterministic_algorithms(before)
+
+
+def submodule(flex, name):
+    return sys.modules[f"{flex.__name__}.{name}"]
 
 
 def triton_loss(flex, kind):

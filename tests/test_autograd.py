@@ -65,12 +65,13 @@ def test_a_training_step_keeps_one_tensor_the_size_of_target(flex, device, kind,
     problem = make_problem(B, K, F, D, device=device)
     for name in names:
         getattr(problem, name).requires_grad_()
-    # And the order of the pairs where it is needed: 18 bytes for each, 4 for each feature.
+    # And where it is needed the order of the pairs, 18 bytes for each and 4 for each feature, or the plan of copies.
     ordered = "weight" in names and deterministic if kind == "hierarchical" else names != ("bias", "target")
+    planned = kind == "hierarchical" and "weight" in names and not deterministic
     with deterministic_algorithms(deterministic):
         saved = saved_bytes(triton_loss(flex, kind), problem)
     width = 48 if kind == "topk" else D  # rows of the residual are a multiple of 16 long
-    assert saved == 4 * B * width + ordered * (18 * B * K + 4 * F)
+    assert saved == 4 * B * width + ordered * (18 * B * K + 4 * F) + planned * 4 * (F + 1 + 2048)
 
 
 @pytest.mark.parametrize("kind", LOSSES)
@@ -115,17 +116,18 @@ def test_without_gradients_no_state_is_written(flex, kind):
 def op_arguments(flex, device):
     """Arguments for each of the ops, as the autograd Functions pass them."""
     inputs = make_problem(3, 5, 7, 9, device=device, pattern="duplicates")
-    _, weight, vals, _, target = inputs
+    _, weight, vals, bias, target = inputs
     scale, state = torch.tensor(0.1, device=device), torch.randn_like(target)
     *_, by_sample = flex._ops.ops.topk_forward(*inputs, True, True)
-    *_, units, by_slot = flex._ops.ops.hierarchical_forward(*inputs, True, True)
+    *_, units, plan, by_slot = flex._ops.ops.hierarchical_forward(*inputs, True, True, True)
     for needs in ((True, True), (True, False), (False, False)):
         yield "topk_forward", (*inputs, *needs)
+    for needs in ((True, True, False), (True, False, True), (True, False, False), (False, False, False)):
         yield "hierarchical_forward", (*inputs, *needs)
-    for needs in ((True, True), (True, False), (False, True)):
-        yield "topk_backward", (scale, state, weight, vals, by_sample, *needs)
+    for needs in ((True, True, True), (True, False, False), (False, True, False), (False, False, True)):
+        yield "topk_backward", (scale, state, weight, vals, bias, by_sample, *needs)
         for pairs in ([], by_slot):
-            yield "hierarchical_backward", (scale, state, units, *inputs, pairs, *needs)
+            yield "hierarchical_backward", (scale, state, units, plan, *inputs, pairs, *needs)
 
 
 @pytest.mark.parametrize("op", ["topk_forward", "topk_backward", "hierarchical_forward", "hierarchical_backward"])

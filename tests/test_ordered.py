@@ -1,7 +1,5 @@
 """Gradients summed in the order of the features: how the pairs are sorted, and the scratch of the hierarchical loss."""
 
-import sys
-
 import pytest
 import torch
 from support import (
@@ -18,13 +16,10 @@ from support import (
     relative_error,
     result_dtypes,
     run,
+    submodule,
     triton_loss,
     truth,
 )
-
-
-def submodule(flex, name):
-    return sys.modules[f"{flex.__name__}.{name}"]
 
 
 @pytest.mark.parametrize("kind", LOSSES)
@@ -44,7 +39,7 @@ def test_a_sort_in_parts_changes_no_bit(flex, device, monkeypatch, kind, pattern
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=str)
 @pytest.mark.parametrize("parts", [1, 5])
 def test_pairs_are_sorted_by_feature_then_place(flex, device, monkeypatch, F, index_dtype, parts):
-    module, B, K = submodule(flex, "pairs"), 100, 30
+    module, B, K = submodule(flex, "pairs"), 20, 30
     generator = torch.Generator(device).manual_seed(0)
     indices = make_indices("one_hot_feature", B, K, F, generator).to(index_dtype)
     indices[0, :4] = torch.tensor([0, F - 1, -1, F])  # out of range counts as the nearest feature
@@ -52,12 +47,23 @@ def test_pairs_are_sorted_by_feature_then_place(flex, device, monkeypatch, F, in
     monkeypatch.setattr(module, "_MAX_SORT", -(-B * K // parts))
     features, order = indices.long().clamp(0, F - 1).view(-1).sort(stable=True)
     for want_slots in (False, True):
-        pairs = module.order_pairs(indices, vals, F, torch.float32, want_slots, units if want_slots else None)
+        keys = module.make_keys(indices, F)
+        pairs = module.order_pairs(keys, vals, F, torch.float32, want_slots, units if want_slots else None)
         assert torch.equal(pairs.order, order)
         assert torch.equal(pairs.keys.long() + (2**15 if F <= 2**16 else 0), features)
         assert torch.equal(pairs.ends.long(), features.bincount(minlength=F).cumsum(0))
         assert torch.equal(pairs.coefs, (vals * units[:, None] if want_slots else vals).view(-1)[order])
         assert torch.equal(pairs.link.long(), order.argsort() if want_slots else order // K)
+
+    # The forward kernels write the same keys.
+    weight, bias, target = (torch.zeros(shape, device=device) for shape in ((F, 1), (1,), (B, 1)))
+    inputs = indices, weight, vals, bias, target
+    by_sample, by_slot = (
+        flex._ops.ops.topk_forward(*inputs, True, True)[-1],
+        flex._ops.ops.hierarchical_forward(*inputs, True, False, True)[-1],
+    )
+    for keys, *_ in (by_sample, by_slot):
+        assert torch.equal(keys, pairs.keys)
 
 
 @pytest.mark.parametrize("kind", LOSSES)

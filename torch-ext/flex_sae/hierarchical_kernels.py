@@ -15,10 +15,10 @@ The forward pass keeps S_0. From it the backward pass walks the steps in the ord
 r_i = r_{i-1} + v_i w_i and S_{i+1} = S_i - r_i.
 
 d weight comes about in one of two ways. Atomic additions to its rows are the faster one in float32 and float64, but
-their order, and with it the last bits, changes from run to run. The ordered way writes the S_i of some columns to
-scratch memory, in the order of their features, and sums them there (pairs.py), columns after columns. It serves
-torch.use_deterministic_algorithms(True) and gradients of a narrower dtype than the one that is computed in, which
-atomic additions would round again and again.
+their order, and with it the last bits, changes from run to run; a feature of many samples has several rows for them
+(copies.py). The ordered way writes the S_i of some columns to scratch memory, in the order of their features, and sums
+them there (pairs.py), columns after columns. It serves torch.use_deterministic_algorithms(True) and gradients of a
+narrower dtype than the one that is computed in, which atomic additions would round again and again.
 """
 
 import math
@@ -42,7 +42,21 @@ from .checks import (
     tile_columns,
     unit_stride_rows,
 )
-from .pairs import OrderedPairs, finish, load_pairs, new_pieces, new_sums, order_pairs, order_pairs_fake, sum_pairs
+from .columns import sum_columns
+from .copies import count_pairs, new_plan, new_rows, plan_copies, row_to_add_to, sum_copies
+from .pairs import (
+    OrderedPairs,
+    finish,
+    load_pairs,
+    make_keys,
+    new_keys,
+    new_pieces,
+    new_sums,
+    order_pairs,
+    order_pairs_fake,
+    store_keys,
+    sum_pairs,
+)
 
 # Steps of a forward tile. Of 4 to 32 on an H200 (B=4096, F=65536, D=2304) the best at K=128, by 18% in float32 and by
 # 19% in bfloat16.
@@ -66,6 +80,8 @@ _SCRATCH_BYTES = 2**15
 def _hierarchical_forward_kernel(
     loss_ptr,  # [cdiv(D, BLOCK_D), B], this tile's share of the loss
     suffix_ptr,  # [B, D], S_0
+    keys_ptr,  # [B * K], or None
+    plan_ptr,  # the plan of copies, or None
     indices_ptr,  # [B, K]
     weight_ptr,  # [F, D]
     vals_ptr,  # [B, K]
@@ -90,6 +106,10 @@ def _hierarchical_forward_kernel(
     in_row = cols < D
     dtype: tl.constexpr = loss_ptr.dtype.element_ty
 
+    if keys_ptr is not None:
+        store_keys(keys_ptr, indices_ptr, b, tile, K, F, BLOCK_K)
+    if plan_ptr is not None:
+        count_pairs(plan_ptr, indices_ptr, b, tile, K, F, BLOCK_K)
     bias = tl.load(bias_ptr + cols, mask=in_row, other=0.0).to(dtype)
     target = tl.load(target_ptr + b * target_stride + cols, mask=in_row, other=0.0).to(dtype)
     residual = bias - target
@@ -123,7 +143,8 @@ def _hierarchical_forward_kernel(
 
 @triton.jit(do_not_specialize=["B", "F", "weight_stride", "scratch_stride", "first_tile"])
 def _hierarchical_backward_kernel(
-    weight_sums_ptr,  # [F, D], zeros to add to, or None
+    weight_sums_ptr,  # [F + copies, D], zeros to add to, or None
+    plan_ptr,  # the plan of copies, or None
     scratch_ptr,  # [B * K, scratch_stride], for the S_i of the launch's columns in units, or None
     slots_ptr,  # [B, K], the row of scratch for each pair
     units_ptr,  # [B], or None for units of 1
@@ -162,50 +183,57 @@ def _hierarchical_backward_kernel(
     target = tl.load(target_ptr + b * target_stride + cols, mask=in_row, other=0.0).to(dtype)
     residual = bias - target
     suffix = tl.load(suffix_ptr + b * D + cols, mask=in_row, other=0.0)
-    steps = tl.arange(0, BLOCK_K)
-    feature, val, valid = load_pairs(indices_ptr, vals_ptr, b, steps, K, F, dtype)
-    for _ in range(0, K, BLOCK_K):
-        row = tl.multiple_of(feature * weight_stride, ALIGN)
-        mask = valid[:, None] & in_row[None, :]
-        weight = tl.load(weight_ptr + row[:, None] + cols[None, :], mask=mask, other=0.0).to(dtype)
-        # The next pairs are on their way before these rows are used.
-        next_feature, next_val, next_valid = load_pairs(indices_ptr, vals_ptr, b, steps + BLOCK_K, K, F, dtype)
+    any_heavy = False
+    if weight_sums_ptr is not None:
+        any_heavy = tl.load(plan_ptr + F) > 0
+    # Compiled with and without copies: looking for them costs uniform batches up to 6%.
+    for HAS_COPIES in tl.static_range(2 if weight_sums_ptr is not None else 1):
+        if any_heavy == HAS_COPIES:
+            steps = tl.arange(0, BLOCK_K)
+            feature, val, valid = load_pairs(indices_ptr, vals_ptr, b, steps, K, F, dtype)
+            for _ in range(0, K, BLOCK_K):
+                row = tl.multiple_of(feature * weight_stride, ALIGN)
+                mask = valid[:, None] & in_row[None, :]
+                weight = tl.load(weight_ptr + row[:, None] + cols[None, :], mask=mask, other=0.0).to(dtype)
+                # The next pairs are on their way before these rows are used.
+                next_feature, next_val, next_valid = load_pairs(indices_ptr, vals_ptr, b, steps + BLOCK_K, K, F, dtype)
 
-        added = val[:, None] * weight
-        residuals = residual[None, :] + tl.cumsum(added, axis=0)
-        # S_i = S_0 - sum_{j < i} r_j. A reversed scan would shuffle every element across the warp.
-        suffixes = suffix[None, :] - (tl.cumsum(residuals, axis=0) - residuals)
-        residual += tl.sum(added, axis=0)
-        suffix -= tl.sum(residuals, axis=0)
+                added = val[:, None] * weight
+                residuals = residual[None, :] + tl.cumsum(added, axis=0)
+                # S_i = S_0 - sum_{j < i} r_j. A reversed scan would shuffle every element across the warp.
+                suffixes = suffix[None, :] - (tl.cumsum(residuals, axis=0) - residuals)
+                residual += tl.sum(added, axis=0)
+                suffix -= tl.sum(residuals, axis=0)
 
-        exists = steps < K
-        pair = b * K + steps
-        if weight_sums_ptr is not None:
-            contribution = (scale * val)[:, None] * suffixes
-            tl.atomic_add(
-                weight_sums_ptr + (feature * D)[:, None] + cols[None, :], contribution, mask=mask, sem="relaxed"
-            )
-        if scratch_ptr is not None:
-            slot = tl.load(slots_ptr + pair, mask=exists, other=0).to(tl.int64)
-            slot_row = tl.multiple_of(slot * scratch_stride, ALIGN)
-            tl.store(
-                scratch_ptr + slot_row[:, None] + scratch_cols[None, :],
-                suffixes * per_unit,
-                mask=exists[:, None],
-                eviction_policy="evict_first",  # the L2 cache is for weight
-            )
-        if vals_sums_ptr is not None:
-            dot = scale * tl.sum(weight * suffixes, axis=1)
-            if ATOMIC:
-                tl.atomic_add(vals_sums_ptr + pair, dot, mask=exists, sem="relaxed")
-            else:
-                share_ptr = vals_sums_ptr + tile * B * K + pair
-                if first_tile > 0:
-                    dot += tl.load(share_ptr, mask=exists, other=0.0)
-                tl.store(share_ptr, dot, mask=exists)
+                exists = steps < K
+                pair = b * K + steps
+                if weight_sums_ptr is not None:
+                    contribution = (scale * val)[:, None] * suffixes
+                    sums_row = (row_to_add_to(plan_ptr, b, feature, valid, F) if HAS_COPIES else feature) * D
+                    tl.atomic_add(
+                        weight_sums_ptr + sums_row[:, None] + cols[None, :], contribution, mask=mask, sem="relaxed"
+                    )
+                if scratch_ptr is not None:
+                    slot = tl.load(slots_ptr + pair, mask=exists, other=0).to(tl.int64)
+                    slot_row = tl.multiple_of(slot * scratch_stride, ALIGN)
+                    tl.store(
+                        scratch_ptr + slot_row[:, None] + scratch_cols[None, :],
+                        suffixes * per_unit,
+                        mask=exists[:, None],
+                        eviction_policy="evict_first",  # the L2 cache is for weight
+                    )
+                if vals_sums_ptr is not None:
+                    dot = scale * tl.sum(weight * suffixes, axis=1)
+                    if ATOMIC:
+                        tl.atomic_add(vals_sums_ptr + pair, dot, mask=exists, sem="relaxed")
+                    else:
+                        share_ptr = vals_sums_ptr + tile * B * K + pair
+                        if first_tile > 0:
+                            dot += tl.load(share_ptr, mask=exists, other=0.0)
+                        tl.store(share_ptr, dot, mask=exists)
 
-        steps += BLOCK_K
-        feature, val, valid = next_feature, next_val, next_valid
+                steps += BLOCK_K
+                feature, val, valid = next_feature, next_val, next_valid
 
 
 def _hierarchical_forward(
@@ -215,10 +243,11 @@ def _hierarchical_forward(
     bias: torch.Tensor,  # [D]
     target: torch.Tensor,  # [B, D]
     needs_suffix: bool,
+    needs_plan: bool,
     needs_pairs: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-    """The loss, and what is needed of S_0 [B, D], the units of scratch [B] (else empty tensors) and the OrderedPairs
-    (else none)."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """The loss, and what is needed of S_0 [B, D], the units of scratch [B], the plan of copies (else empty tensors) and
+    the OrderedPairs (else none)."""
     (B, K), (F, D) = indices.shape, weight.shape
     dtype = compute_dtype(weight, vals, bias, target)
     weight, target = unit_stride_rows(weight), unit_stride_rows(target)
@@ -227,10 +256,14 @@ def _hierarchical_forward(
     tiles = cdiv(D, block_d)
     shares = torch.empty((tiles, B), dtype=dtype, device=weight.device)
     suffix = torch.empty((B, D) if needs_suffix else (0,), dtype=dtype, device=weight.device)
+    plan = new_plan(indices, F) if needs_plan else indices.new_empty(0)
+    keys = new_keys(indices, F) if needs_pairs else None
     with device_of(weight):
         _hierarchical_forward_kernel[(B, tiles)](
             shares,
             suffix,
+            keys,
+            plan if needs_plan else None,
             indices,
             weight,
             vals,
@@ -251,12 +284,14 @@ def _hierarchical_forward(
         )
         units = _units(shares, K, D) if needs_suffix and _narrow_scratch(weight, dtype) else shares.new_empty(0)
         # The host has time for this while the device computes the loss, more than in the backward pass.
-        pairs = list(_order_pairs(indices, vals, F, dtype, units)) if needs_pairs else []
-    return shares.sum(), suffix, units, pairs
+        if needs_plan:
+            plan_copies(plan, B, K)
+        pairs = list(_order_pairs(keys, vals, F, dtype, units)) if needs_pairs else []
+    return shares.sum(), suffix, units, plan, pairs
 
 
-def _order_pairs(indices, vals, F, dtype, units):
-    return order_pairs(indices, vals, F, dtype, want_slots=True, units=units if units.numel() else None)
+def _order_pairs(keys, vals, F, dtype, units):
+    return order_pairs(keys, vals, F, dtype, want_slots=True, units=units if units.numel() else None)
 
 
 def _is_ordered(weight, dtype, needs_weight):
@@ -274,6 +309,7 @@ def _hierarchical_backward(
     scale: torch.Tensor,  # 0-dim, c
     suffix: torch.Tensor,  # [B, D], S_0
     units: torch.Tensor,  # [B], or empty
+    plan: torch.Tensor,  # of copies, or empty
     indices: torch.Tensor,  # [B, K]
     weight: torch.Tensor,  # [F, D]
     vals: torch.Tensor,  # [B, K]
@@ -282,12 +318,13 @@ def _hierarchical_backward(
     pairs: list[torch.Tensor],
     needs_weight: bool,
     needs_vals: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradients of weight [F, D] and vals [B, K], an empty tensor for the one that is not needed."""
-    (B, K), (F, D), dtype = indices.shape, weight.shape, suffix.dtype
+    needs_bias: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of weight [F, D], vals [B, K] and bias [D], an empty tensor for one that is not needed."""
+    (B, K), (F, D) = indices.shape, weight.shape
     weight, target = unit_stride_rows(weight), unit_stride_rows(target)
     indices, vals, bias = indices.contiguous(), vals.contiguous(), bias.contiguous()
-    ordered = len(pairs) > 0 or _is_ordered(weight, dtype, needs_weight)
+    ordered = len(pairs) > 0 or _is_ordered(weight, suffix.dtype, needs_weight)
 
     def launch(
         *,
@@ -298,12 +335,14 @@ def _hierarchical_backward(
         align,
         vals_sums,
         weight_sums=None,
+        plan=None,
         scratch=None,
         slots=None,
         units=None,
     ):
         _hierarchical_backward_kernel[(B, cdiv(min(columns, D - first_column), block_d))](
             weight_sums,
+            plan,
             scratch,
             slots,
             units,
@@ -330,57 +369,77 @@ def _hierarchical_backward(
             num_warps=1,
         )
 
-    weight_grad, vals_grad = weight.new_empty(0), vals.new_empty(0)
+    weight_grad = vals_grad = None
+    bias_grad = bias.new_empty(D if needs_bias else 0)
     with device_of(weight):
-        if not ordered:
-            if needs_weight:
-                weight_grad = weight.new_zeros(F, D)
-            vals_sums = suffix.new_zeros(B, K) if needs_vals else None
-            launch(
-                first_column=0,
-                columns=D,
-                block_k=_ATOMIC_BLOCK_K,
-                block_d=min(_ATOMIC_BLOCK_D, next_power_of_2(D)),
-                # Twice as many a lane: then 16 lanes cover a row, and two rows share the shuffles of the dot products.
-                align=lane_columns(weight, 2 * _ATOMIC_BLOCK_D),
-                vals_sums=vals_sums,
-                weight_sums=weight_grad if needs_weight else None,
+        if ordered and (needs_weight or needs_vals):
+            if needs_weight and not pairs:  # Deterministic mode has been switched on since the forward pass.
+                pairs = _order_pairs(make_keys(indices, F), vals, F, suffix.dtype, units)
+            weight_grad, vals_grad = _ordered_gradients(
+                launch, scale, suffix, units, weight, vals, pairs, needs_weight, needs_vals
             )
-            if needs_vals:
-                vals_grad = vals_sums.to(vals.dtype)
-            return weight_grad, vals_grad
+        elif needs_weight or needs_vals:
+            weight_grad, vals_grad = _atomic_gradients(launch, suffix, plan, weight, vals, needs_weight, needs_vals)
+        if needs_bias:
+            sum_columns(suffix, scale, bias_grad)
+    return (
+        weight_grad if needs_weight else weight.new_empty(0),
+        vals_grad if needs_vals else vals.new_empty(0),
+        bias_grad,
+    )
 
-        scratch_dtype = torch.float16 if _narrow_scratch(weight, dtype) else dtype
-        block_d = min(_SCRATCH_ROW_BYTES // scratch_dtype.itemsize, next_power_of_2(D))
-        # The widest power of two that fits.
-        columns = max(block_d, _SCRATCH_BYTES // (K * scratch_dtype.itemsize))
-        columns = min(1 << (columns.bit_length() - 1), next_power_of_2(D))
-        vals_sums = new_empty(suffix, cdiv(min(columns, D), block_d), B, K) if needs_vals else None
-        scratch = slots = None
+
+def _atomic_gradients(launch, suffix, plan, weight, vals, needs_weight, needs_vals):
+    """The gradients of weight and vals, None for one that is not needed."""
+    (B, K), D = vals.shape, weight.shape[1]
+    weight_sums = new_rows(weight, B, K) if needs_weight else None
+    vals_sums = suffix.new_zeros(B, K) if needs_vals else None
+    launch(
+        first_column=0,
+        columns=D,
+        block_k=_ATOMIC_BLOCK_K,
+        block_d=min(_ATOMIC_BLOCK_D, next_power_of_2(D)),
+        # Twice as many a lane: then 16 lanes cover a row, and two rows share the shuffles of the dot products.
+        align=lane_columns(weight, 2 * _ATOMIC_BLOCK_D),
+        vals_sums=vals_sums,
+        weight_sums=weight_sums,
+        plan=plan if needs_weight else None,
+    )
+    weight_grad = sum_copies(weight_sums, plan) if needs_weight else None
+    return weight_grad, vals_sums.to(vals.dtype) if needs_vals else None
+
+
+def _ordered_gradients(launch, scale, suffix, units, weight, vals, pairs, needs_weight, needs_vals):
+    """The gradients of weight and vals, None for one that is not needed."""
+    (B, K), D = vals.shape, weight.shape[1]
+    scratch_dtype = torch.float16 if _narrow_scratch(weight, suffix.dtype) else suffix.dtype
+    block_d = min(_SCRATCH_ROW_BYTES // scratch_dtype.itemsize, next_power_of_2(D))
+    # The widest power of two that fits.
+    columns = max(block_d, _SCRATCH_BYTES // (K * scratch_dtype.itemsize))
+    columns = min(1 << (columns.bit_length() - 1), next_power_of_2(D))
+    vals_sums = new_empty(suffix, cdiv(min(columns, D), block_d), B, K) if needs_vals else None
+    weight_grad = scratch = slots = None
+    if needs_weight:
+        pairs = OrderedPairs(*pairs)
+        weight_grad, slots, pieces = new_sums(pairs, weight), pairs.link, new_pieces(pairs, D)
+        scratch = new_empty(suffix, B * K, columns, dtype=scratch_dtype)
+    for first_column in range(0, D, columns):
+        launch(
+            first_column=first_column,
+            columns=columns,
+            block_k=_SCRATCH_BLOCK_K if block_d <= 64 else _WIDE_SCRATCH_BLOCK_K,
+            block_d=block_d,
+            align=lane_columns(weight, block_d),
+            vals_sums=vals_sums,
+            scratch=scratch,
+            slots=slots,
+            units=units if units.numel() else None,
+        )
         if needs_weight:
-            # Deterministic mode may have been switched on since the forward pass.
-            pairs = OrderedPairs(*pairs) if pairs else _order_pairs(indices, vals, F, dtype, units)
-            weight_grad, slots, pieces = new_sums(pairs, weight), pairs.link, new_pieces(pairs, D)
-            scratch = new_empty(suffix, B * K, columns, dtype=scratch_dtype)
-        for first_column in range(0, D, columns):
-            launch(
-                first_column=first_column,
-                columns=columns,
-                block_k=_SCRATCH_BLOCK_K if block_d <= 64 else _WIDE_SCRATCH_BLOCK_K,
-                block_d=block_d,
-                align=lane_columns(weight, block_d),
-                vals_sums=vals_sums,
-                scratch=scratch,
-                slots=slots,
-                units=units if units.numel() else None,
-            )
-            if needs_weight:
-                sum_pairs(pairs, scratch, None, weight, scale, weight_grad, pieces, first_column=first_column)
-        if needs_weight:
-            finish(pairs, scale, weight_grad, pieces)
-        if needs_vals:
-            vals_grad = vals_sums.sum(0).to(vals.dtype)
-    return weight_grad, vals_grad
+            sum_pairs(pairs, scratch, None, weight, scale, weight_grad, pieces, first_column=first_column)
+    if needs_weight:
+        finish(pairs, scale, weight_grad, pieces)
+    return weight_grad, vals_sums.sum(0).to(vals.dtype) if needs_vals else None
 
 
 def _units(shares, K, D):
@@ -395,33 +454,32 @@ def _units(shares, K, D):
 
 torch.library.define(
     add_op_namespace_prefix("hierarchical_forward"),
-    "(Tensor indices, Tensor weight, Tensor vals, Tensor bias, Tensor target, bool needs_suffix, bool needs_pairs)"
-    " -> (Tensor, Tensor, Tensor, Tensor[])",
+    "(Tensor indices, Tensor weight, Tensor vals, Tensor bias, Tensor target, bool needs_suffix, bool needs_plan,"
+    " bool needs_pairs) -> (Tensor, Tensor, Tensor, Tensor, Tensor[])",
 )
 torch.library.impl(add_op_namespace_prefix("hierarchical_forward"), "default", _hierarchical_forward)
 
 torch.library.define(
     add_op_namespace_prefix("hierarchical_backward"),
-    "(Tensor scale, Tensor suffix, Tensor units, Tensor indices, Tensor weight, Tensor vals, Tensor bias,"
-    " Tensor target, Tensor[] pairs, bool needs_weight, bool needs_vals) -> (Tensor, Tensor)",
+    "(Tensor scale, Tensor suffix, Tensor units, Tensor plan, Tensor indices, Tensor weight, Tensor vals, Tensor bias,"
+    " Tensor target, Tensor[] pairs, bool needs_weight, bool needs_vals, bool needs_bias) -> (Tensor, Tensor, Tensor)",
 )
 torch.library.impl(add_op_namespace_prefix("hierarchical_backward"), "default", _hierarchical_backward)
 
 
 @torch.library.register_fake(add_op_namespace_prefix("hierarchical_forward"))
-def _hierarchical_forward_fake(indices, weight, vals, bias, target, needs_suffix, needs_pairs):
+def _hierarchical_forward_fake(indices, weight, vals, bias, target, needs_suffix, needs_plan, needs_pairs):
     dtype = compute_dtype(weight, vals, bias, target)
     suffix = weight.new_empty(target.shape if needs_suffix else (0,), dtype=dtype)
     units = suffix.new_empty(target.shape[0] if needs_suffix and _narrow_scratch(weight, dtype) else 0)
+    plan = new_plan(indices, weight.shape[0]) if needs_plan else indices.new_empty(0)
     pairs = list(order_pairs_fake(indices, weight.shape[0], dtype, want_slots=True)) if needs_pairs else []
-    return suffix.new_empty(()), suffix, units, pairs
+    return suffix.new_empty(()), suffix, units, plan, pairs
 
 
 @torch.library.register_fake(add_op_namespace_prefix("hierarchical_backward"))
-def _hierarchical_backward_fake(
-    scale, suffix, units, indices, weight, vals, bias, target, pairs, needs_weight, needs_vals
-):
-    return weight.new_empty(weight.shape if needs_weight else (0,)), vals.new_empty(vals.shape if needs_vals else (0,))
+def _hierarchical_backward_fake(scale, suffix, units, plan, indices, weight, vals, bias, target, pairs, *needs):
+    return tuple(t.new_empty(t.shape if needed else (0,)) for t, needed in zip((weight, vals, bias), needs))
 
 
 class HierarchicalSAELoss(torch.autograd.Function):
@@ -430,31 +488,28 @@ class HierarchicalSAELoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, indices, weight, vals, bias, target, needs_grad):
         dtype = compute_dtype(weight, vals, bias, target)
-        needs_pairs = needs_grad and ctx.needs_input_grad[1] and _is_ordered(weight, dtype, needs_weight=True)
-        loss, suffix, units, pairs = ops.hierarchical_forward(
-            indices, weight, vals, bias, target, needs_grad, needs_pairs
+        needs_weight = needs_grad and ctx.needs_input_grad[1]
+        ordered = _is_ordered(weight, dtype, needs_weight)
+        loss, suffix, units, plan, pairs = ops.hierarchical_forward(
+            indices, weight, vals, bias, target, needs_grad, needs_weight and not ordered, needs_weight and ordered
         )
-        ctx.save_for_backward(suffix, units, indices, weight, vals, bias, target, *pairs)
+        ctx.save_for_backward(suffix, units, plan, indices, weight, vals, bias, target, *pairs)
         return loss
 
     @staticmethod
     def backward(ctx, grad_out):
         refuse_second_derivative("triton_hierarchical_sae_loss")
-        suffix, units, indices, weight, vals, bias, target, *pairs = ctx.saved_tensors
-        _, needs_weight, needs_vals, needs_bias, needs_target, _ = ctx.needs_input_grad
+        suffix, units, plan, indices, weight, vals, bias, target, *pairs = ctx.saved_tensors
+        _, *needs, needs_target, _ = ctx.needs_input_grad
         scale = grad_out * (2.0 / (indices.shape[1] * suffix.numel()))
-        weight_grad = vals_grad = bias_grad = target_grad = None
-        if needs_weight or needs_vals:
+        grads = (None,) * 3
+        if any(needs):
             grads = ops.hierarchical_backward(
-                scale, suffix, units, indices, weight, vals, bias, target, pairs, needs_weight, needs_vals
+                scale, suffix, units, plan, indices, weight, vals, bias, target, pairs, *needs
             )
-            weight_grad = grads[0] if needs_weight else None
-            vals_grad = grads[1] if needs_vals else None
-        if needs_bias:
-            bias_grad = (suffix.sum(0) * scale).to(bias.dtype)
-        if needs_target:
-            target_grad = (suffix * -scale).to(target.dtype)
-        return None, weight_grad, vals_grad, bias_grad, target_grad, None
+            grads = (grad if needed else None for grad, needed in zip(grads, needs))
+        target_grad = (suffix * -scale).to(target.dtype) if needs_target else None
+        return None, *grads, target_grad, None
 
 
 def triton_hierarchical_sae_loss(

@@ -31,15 +31,18 @@ from .checks import (
     tile_columns,
     unit_stride_rows,
 )
+from .columns import sum_columns
 from .pairs import (
     SUM_BLOCK_D,
     OrderedPairs,
     finish,
     load_pairs,
+    new_keys,
     new_pieces,
     new_sums,
     order_pairs,
     order_pairs_fake,
+    store_keys,
     sum_pairs,
 )
 
@@ -53,6 +56,7 @@ _FORWARD_BLOCK_K, _TWO_ROWS_BLOCK_K = 32, 8
 def _topk_forward_kernel(
     loss_ptr,  # [cdiv(D, BLOCK_D), B], this tile's share of the loss
     residual_ptr,  # [B, width], e and zeros
+    keys_ptr,  # [B * K], or None
     indices_ptr,  # [B, K]
     weight_ptr,  # [F, D]
     vals_ptr,  # [B, K]
@@ -78,6 +82,8 @@ def _topk_forward_kernel(
     in_row = cols < D
     dtype: tl.constexpr = loss_ptr.dtype.element_ty
 
+    if keys_ptr is not None:
+        store_keys(keys_ptr, indices_ptr, b, tile, K, F, BLOCK_K)
     bias = tl.load(bias_ptr + cols, mask=in_row, other=0.0).to(dtype)
     target = tl.load(target_ptr + b * target_stride + cols, mask=in_row, other=0.0).to(dtype)
     residual = bias - target
@@ -127,10 +133,12 @@ def _topk_forward(
     width = _residual_width(weight, dtype)
     two_rows = weight.dtype == torch.float32 and weight.stride(0) % 4 == 0
     residual = torch.empty((B, width) if needs_residual else (0,), dtype=dtype, device=weight.device)
+    keys = new_keys(indices, F) if needs_pairs else None
     with device_of(weight):
         _topk_forward_kernel[(B, tiles)](
             loss,
             residual,
+            keys,
             indices,
             weight,
             vals,
@@ -151,7 +159,7 @@ def _topk_forward(
             num_warps=1,
         )
         # The host has time for this while the device computes the loss, more than in the backward pass.
-        pairs = list(order_pairs(indices, vals, F, dtype, want_slots=False)) if needs_pairs else []
+        pairs = list(order_pairs(keys, vals, F, dtype, want_slots=False)) if needs_pairs else []
     return loss.sum(), residual, pairs
 
 
@@ -165,24 +173,32 @@ def _topk_backward(
     residual: torch.Tensor,  # [B, width]
     weight: torch.Tensor,  # [F, D]
     vals: torch.Tensor,  # [B, K]
+    bias: torch.Tensor,  # [D]
     pairs: list[torch.Tensor],
     needs_weight: bool,
     needs_vals: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradients of weight [F, D] and vals [B, K], an empty tensor for the one that is not needed."""
-    pairs = OrderedPairs(*pairs)
+    needs_bias: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of weight [F, D], vals [B, K] and bias [D], an empty tensor for one that is not needed."""
     D = weight.shape[1]
-    if needs_vals:
-        weight = unit_stride_rows(weight)
-    weight_grad = new_sums(pairs, weight) if needs_weight else weight.new_empty(0)
+    weight_grad = weight.new_empty(0)
     vals_grad = vals.new_empty(vals.shape if needs_vals else (0,))
+    bias_grad = bias.new_empty(D if needs_bias else 0)
     with device_of(weight):
-        pieces = new_pieces(pairs, D) if needs_weight else None
-        dots = new_empty(residual, cdiv(D, SUM_BLOCK_D), vals.numel()) if needs_vals else None
-        out = weight_grad if needs_weight else None
-        sum_pairs(pairs, residual, pairs.link, weight, scale, out, pieces, dots)
-        finish(pairs, scale, out, pieces, vals_grad if needs_vals else None, dots)
-    return weight_grad, vals_grad
+        if needs_weight or needs_vals:
+            pairs = OrderedPairs(*pairs)
+            out = pieces = dots = None
+            if needs_weight:
+                out = weight_grad = new_sums(pairs, weight)
+                pieces = new_pieces(pairs, D)
+            if needs_vals:
+                weight = unit_stride_rows(weight)
+                dots = new_empty(residual, cdiv(D, SUM_BLOCK_D), vals.numel())
+            sum_pairs(pairs, residual, pairs.link, weight, scale, out, pieces, dots)
+            finish(pairs, scale, out, pieces, vals_grad if needs_vals else None, dots)
+        if needs_bias:
+            sum_columns(residual, scale, bias_grad)
+    return weight_grad, vals_grad, bias_grad
 
 
 torch.library.define(
@@ -194,8 +210,8 @@ torch.library.impl(add_op_namespace_prefix("topk_forward"), "default", _topk_for
 
 torch.library.define(
     add_op_namespace_prefix("topk_backward"),
-    "(Tensor scale, Tensor residual, Tensor weight, Tensor vals, Tensor[] pairs, bool needs_weight, bool needs_vals)"
-    " -> (Tensor, Tensor)",
+    "(Tensor scale, Tensor residual, Tensor weight, Tensor vals, Tensor bias, Tensor[] pairs, bool needs_weight,"
+    " bool needs_vals, bool needs_bias) -> (Tensor, Tensor, Tensor)",
 )
 torch.library.impl(add_op_namespace_prefix("topk_backward"), "default", _topk_backward)
 
@@ -210,8 +226,8 @@ def _topk_forward_fake(indices, weight, vals, bias, target, needs_residual, need
 
 
 @torch.library.register_fake(add_op_namespace_prefix("topk_backward"))
-def _topk_backward_fake(scale, residual, weight, vals, pairs, needs_weight, needs_vals):
-    return weight.new_empty(weight.shape if needs_weight else (0,)), vals.new_empty(vals.shape if needs_vals else (0,))
+def _topk_backward_fake(scale, residual, weight, vals, bias, pairs, *needs):
+    return tuple(t.new_empty(t.shape if needed else (0,)) for t, needed in zip((weight, vals, bias), needs))
 
 
 class TopKSAELoss(torch.autograd.Function):
@@ -221,27 +237,23 @@ class TopKSAELoss(torch.autograd.Function):
     def forward(ctx, indices, weight, vals, bias, target, needs_grad):
         needs_pairs = needs_grad and any(ctx.needs_input_grad[1:3])
         loss, residual, pairs = ops.topk_forward(indices, weight, vals, bias, target, needs_grad, needs_pairs)
-        ctx.save_for_backward(residual, weight, vals, *pairs)
-        ctx.bias_dtype, ctx.target_dtype = bias.dtype, target.dtype
+        ctx.save_for_backward(residual, weight, vals, bias, *pairs)
+        ctx.target_dtype = target.dtype
         return loss
 
     @staticmethod
     def backward(ctx, grad_out):
         refuse_second_derivative("triton_topk_sae_loss")
-        residual, weight, vals, *pairs = ctx.saved_tensors
-        _, needs_weight, needs_vals, needs_bias, needs_target, _ = ctx.needs_input_grad
+        residual, weight, vals, bias, *pairs = ctx.saved_tensors
+        _, *needs, needs_target, _ = ctx.needs_input_grad
         B, D = residual.shape[0], weight.shape[1]
         scale = grad_out * (2.0 / (B * D))
-        weight_grad = vals_grad = bias_grad = target_grad = None
-        if needs_weight or needs_vals:
-            grads = ops.topk_backward(scale, residual, weight, vals, pairs, needs_weight, needs_vals)
-            weight_grad = grads[0] if needs_weight else None
-            vals_grad = grads[1] if needs_vals else None
-        if needs_bias:
-            bias_grad = (residual.sum(0)[:D] * scale).to(ctx.bias_dtype)
-        if needs_target:
-            target_grad = (residual[:, :D] * -scale).to(ctx.target_dtype)
-        return None, weight_grad, vals_grad, bias_grad, target_grad, None
+        grads = (None,) * 3
+        if any(needs):
+            grads = ops.topk_backward(scale, residual, weight, vals, bias, pairs, *needs)
+            grads = (grad if needed else None for grad, needed in zip(grads, needs))
+        target_grad = (residual[:, :D] * -scale).to(ctx.target_dtype) if needs_target else None
+        return None, *grads, target_grad, None
 
 
 def triton_topk_sae_loss(

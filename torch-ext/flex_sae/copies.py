@@ -1,0 +1,146 @@
+"""Several rows for a heavy feature to add to.
+
+Atomic additions to one address wait for each other, and dictionaries are skewed: one feature may be in every sample. A
+feature of many pairs is therefore heavy and has copies of its row of the gradient, which lie behind the F rows of all
+features. Samples that run at the same time add to different copies, and a last kernel sums them.
+
+The plan says which features have copies. Its F + 1 + _MAX_COPIES numbers are
+
+    for each feature, at first the count of its pairs; then, if it is heavy, its first copy and its copies less one, in
+    the upper bits and the lower _BITS bits, else 0;
+    the copies of all features;
+    for each copy, the feature plus 1 if it is the feature's first, else 0.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .checks import cdiv, next_power_of_2
+
+# A heavy feature has a copy for every so many pairs, rounded down to a power of two, and at least two. On an H200 with
+# Zipf(1) indices (B=4096, F=65536, D=2304) a step at K=32 takes 0.90, 0.94, 1.03 ms with 128, 256, 512, 1.35 without.
+_COPY_PAIRS = 128
+# Copies at most, so that they take at most [_MAX_COPIES, D] whatever B and K are. At K=128 it takes 3.00, 2.75, 2.61
+# ms with 512, 1024, 2048, 3.18 without.
+_BITS = tl.constexpr(11)
+_MAX_COPIES = 2**_BITS.value
+# Features of a program that makes the plan, and copies and columns that are summed at a time.
+_PLAN_BLOCK, _SUM_BLOCK_C, _SUM_BLOCK_D = 1024, 4, 512
+
+
+@triton.jit
+def count_pairs(
+    plan_ptr,  # [F + 1 + _MAX_COPIES]
+    indices_ptr,  # [B, K]
+    b,
+    tile,
+    K,
+    F,
+    BLOCK_K: tl.constexpr,
+):
+    """For a program of a forward kernel: count the pairs of sample b, if its tile is the first."""
+    if tile == 0:
+        for start in range(0, K, BLOCK_K):
+            steps = start + tl.arange(0, BLOCK_K)
+            feature = tl.load(indices_ptr + b * K + steps, mask=steps < K, other=-1).to(tl.int64)
+            tl.atomic_add(plan_ptr + feature, 1, mask=(feature >= 0) & (feature < F), sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["F", "copy_pairs"])
+def _plan_copies_kernel(
+    plan_ptr,  # [F + 1 + _MAX_COPIES]
+    F,
+    copy_pairs,
+    BLOCK: tl.constexpr,
+):
+    feature = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    exists = feature < F
+    wanted = tl.load(plan_ptr + feature, mask=exists, other=0) // copy_pairs
+    copies = tl.full([BLOCK], 1, tl.int32)
+    while tl.max(wanted, axis=0) >= 2:
+        copies = tl.where(wanted >= 2, 2 * copies, copies)
+        wanted //= 2
+    is_heavy = copies >= 2
+    first = tl.atomic_add(plan_ptr + F + tl.zeros_like(feature), copies, mask=is_heavy, sem="relaxed")
+    tl.store(plan_ptr + feature, tl.where(is_heavy, (first << _BITS) + copies - 1, 0), mask=exists)
+    tl.store(plan_ptr + F + 1 + first, feature + 1, mask=is_heavy)
+
+
+@triton.jit
+def row_to_add_to(
+    plan_ptr,  # [F + 1 + _MAX_COPIES]
+    b,
+    feature,
+    valid,
+    F,
+):
+    """The rows of some features of sample b, or of a copy of each."""
+    planned = tl.load(plan_ptr + feature, mask=valid, other=0)
+    # Samples next to each other run at the same time.
+    copy = (planned >> _BITS) + (b.to(tl.int32) & planned & (2**_BITS - 1))
+    return tl.where(planned > 0, F + copy.to(tl.int64), feature)
+
+
+@triton.jit(do_not_specialize=["F"])
+def _sum_copies_kernel(
+    rows_ptr,  # [F + copies, D]
+    plan_ptr,  # [F + 1 + _MAX_COPIES]
+    F,
+    D,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    first = tl.program_id(0)
+    feature = tl.load(plan_ptr + F + 1 + first) - 1
+    if feature >= 0:
+        cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+        in_row = cols < D
+        copies = (tl.load(plan_ptr + feature) & (2**_BITS - 1)) + 1
+        total = tl.zeros([BLOCK_D], rows_ptr.dtype.element_ty)
+        for start in range(0, copies, BLOCK_C):
+            copy = start + tl.arange(0, BLOCK_C)
+            mask = (copy < copies)[:, None] & in_row[None, :]
+            row = (F + first + copy).to(tl.int64) * D
+            total += tl.sum(tl.load(rows_ptr + row[:, None] + cols[None, :], mask=mask, other=0.0), axis=0)
+        # Nothing was added to the feature's row itself.
+        tl.store(rows_ptr + feature.to(tl.int64) * D + cols, total, mask=in_row)
+
+
+def new_plan(indices: torch.Tensor, F: int) -> torch.Tensor:
+    """A plan with counts of zero, for a kernel to count pairs in."""
+    return indices.new_zeros(F + 1 + _MAX_COPIES, dtype=torch.int32)
+
+
+def plan_copies(plan: torch.Tensor, B: int, K: int) -> None:
+    """Make the plan from the counts of all pairs."""
+    copy_pairs, copies = _copies(B, K)
+    if copies:
+        F = plan.numel() - 1 - _MAX_COPIES
+        _plan_copies_kernel[(cdiv(F, _PLAN_BLOCK),)](plan, F, copy_pairs, BLOCK=_PLAN_BLOCK)
+
+
+def new_rows(weight: torch.Tensor, B: int, K: int) -> torch.Tensor:
+    """Zeros to add to [F + copies, D], for all copies that a plan can ask for."""
+    F, D = weight.shape
+    _, copies = _copies(B, K)
+    return weight.new_zeros(F + copies, D)
+
+
+def sum_copies(
+    rows: torch.Tensor,  # [F + copies, D]
+    plan: torch.Tensor,
+) -> torch.Tensor:
+    """The rows of all features [F, D], a view."""
+    F, D = plan.numel() - 1 - _MAX_COPIES, rows.shape[1]
+    copies, block_d = rows.shape[0] - F, min(_SUM_BLOCK_D, next_power_of_2(D))
+    if copies:
+        _sum_copies_kernel[(copies, cdiv(D, block_d))](rows, plan, F, D, BLOCK_C=_SUM_BLOCK_C, BLOCK_D=block_d)
+    return rows[:F]
+
+
+def _copies(B, K):
+    """The pairs that share a copy, and the copies of all features at most. None where a feature of every sample would
+    have less than four: they would not be worth their launches."""
+    copy_pairs = max(_COPY_PAIRS, cdiv(B * K, _MAX_COPIES))
+    return copy_pairs, cdiv(B * K, copy_pairs) if 4 * copy_pairs <= B else 0
