@@ -116,21 +116,24 @@ def scaling() -> None:
     for column, axis in enumerate(AXES):
         time, cost = grid[:, column]
         for loss, colour in zip(LOSSES, COLOURS, strict=False):
-            chosen = [r for r in along(axis, costs) if r["loss"] == loss]
+            chosen = [r for r in along(axis, costs, records[0]) if r["loss"] == loss]
             sizes = [r[axis] for r in chosen]
             time.plot(sizes, [r["ms"] for r in chosen], color=colour, label=LOSSES[loss])
             cost.plot(sizes, [r["cost"] for r in chosen], color=colour)
         if axis == "F":
-            chosen = along(axis, dense)
+            chosen = along(axis, dense, records[0])
             time.plot(
-                [r[axis] for r in chosen], [r["ms"] for r in chosen], color=COLOURS[2], label="TopK, dense matmul"
+                [r[axis] for r in chosen],
+                [r["ms"] for r in chosen],
+                color=COLOURS[2],
+                label="TopK, dense matmul, eager",
             )
         time.set_yscale("log")
         cost.axhline(1, color=INK, linewidth=1, marker="")
         cost.set(xlabel=axis)
         cost.set_yscale("log", base=2)
         cost.yaxis.set_major_formatter("{x:g}x")
-        label_sizes(cost, sorted({r[axis] for r in along(axis, costs)}))
+        label_sizes(cost, sorted({r[axis] for r in along(axis, costs, records[0])}))
     grid[0, 0].set_ylabel("time (ms)")
     grid[1, 0].set_ylabel("time a byte moved,\nrelative to the best point")
     handles, labels = grid[0, AXES.index("F")].get_legend_handles_labels()

@@ -425,7 +425,8 @@ def _atomic_kernel(
 
 
 def measure_ceilings(inputs: Inputs) -> dict[str, float]:
-    """What bare memory traffic takes on these inputs: gather and atomic in ms a pass, copy in bytes per ms."""
+    """What bare memory traffic takes on these inputs: gather and atomic in ms a pass, copy in bytes per ms. The atomic
+    additions go to uniform rows: on skewed ones they wait for each other, which a step can avoid."""
     (F, D), (B, K) = inputs.weight.shape, inputs.sets[0][0].shape
     try:
         out = torch.empty(B, D, device=DEVICE)
@@ -437,6 +438,7 @@ def measure_ceilings(inputs: Inputs) -> dict[str, float]:
     # Samples fastest, chunks of columns slowest: a chunk of all rows stays in L2 while every sample walks it. One warp
     # and chunks of 256 bytes were fastest in a sweep of 64 to 512 columns on an H200.
     gather_block = 256 // inputs.weight.element_size()
+    uniform = torch.randint(F, (B, K), device=DEVICE)
     meta = {"STEPS": 16, "num_warps": 1}
 
     def gather(i):
@@ -444,7 +446,7 @@ def measure_ceilings(inputs: Inputs) -> dict[str, float]:
         _gather_kernel[grid](inputs.sets[i][0], inputs.weight, out, K, D, BLOCK_D=gather_block, **meta)
 
     def atomic(i):
-        _atomic_kernel[(B, triton.cdiv(D, 64))](inputs.sets[i][0], table, K, D, BLOCK_D=64, **meta)
+        _atomic_kernel[(B, triton.cdiv(D, 64))](uniform, table, K, D, BLOCK_D=64, **meta)
 
     steps = {"gather": gather, "atomic": atomic, "copy": lambda i: copied.copy_(source)}
     for step in steps.values():
@@ -473,30 +475,29 @@ def measure_memory(inputs: Inputs, step, optimizer) -> dict[str, float]:
 
 
 def capture(inputs: Inputs, function):
-    """Capture one step on a set of its own; returns the graph, its loss and the index of that set."""
-    indices, vals, target = (tensor.detach().clone() for tensor in inputs.sets[1])
-    inputs.sets.append((indices, vals.requires_grad_(), target))
-    own = len(inputs.sets) - 1
+    """Capture a step on every set; returns the graphs and the loss of set 0, whose gradients the leaves hold."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
             inputs.clear()
-            inputs.step(function, own)
+            inputs.step(function, 0)
     torch.cuda.current_stream().wait_stream(stream)
-    inputs.clear()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        loss = inputs.step(function, own)
-    return graph, loss, own
+    # They take turns, so that they may share their memory.
+    graphs, pool = [torch.cuda.CUDAGraph() for _ in range(SETS)], torch.cuda.graph_pool_handle()
+    for i in reversed(range(SETS)):
+        inputs.clear()
+        with torch.cuda.graph(graphs[i], pool=pool):
+            loss = inputs.step(function, i)
+    return graphs, loss
 
 
 def prepare_row(case: Case, inputs: Inputs, function, want: dict, optimizer) -> tuple[dict, object]:
     """Check a row; returns its errors and memory, and the step to time. Raises whatever the row raises."""
     bound = BOUNDS[case.shape.dtype]
 
-    def results(loss, i=0):
-        gradients = {"weight": inputs.weight.grad, "vals": inputs.sets[i][1].grad, "bias": inputs.bias.grad}
+    def results(loss):
+        gradients = {"weight": inputs.weight.grad, "vals": inputs.sets[0][1].grad, "bias": inputs.bias.grad}
         return {"loss": loss, **{name: grad for name, grad in gradients.items() if grad is not None}}
 
     def step(i):
@@ -504,12 +505,9 @@ def prepare_row(case: Case, inputs: Inputs, function, want: dict, optimizer) -> 
 
     inputs.clear()
     if case.mode == "graph":
-        graph, loss, own = capture(inputs, function)
-        with torch.no_grad():
-            for static, fresh in zip(inputs.sets[own], inputs.sets[0], strict=True):
-                static.copy_(fresh)
-        graph.replay()
-        return {"errors": check(results(loss, own), want, bound)}, lambda i: graph.replay()
+        graphs, loss = capture(inputs, function)
+        graphs[0].replay()
+        return {"errors": check(results(loss), want, bound)}, lambda i: graphs[i].replay()
 
     first = results(step(0))
     errors = check(first, want, bound)
@@ -545,7 +543,6 @@ def run_case(case: Case, inputs: Inputs, functions: dict, want: dict, ceilings: 
             torch.cuda.empty_cache()
         timed = (sample_wall if case.mode in ("wall", "one thread") else sample)(steps, inputs.clear)
     torch.use_deterministic_algorithms(False)
-    del inputs.sets[SETS:]
 
     for row, times in timed.items():
         lower, median, upper = statistics.quantiles(times, n=4)

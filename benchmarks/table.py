@@ -36,9 +36,8 @@ def relative_cost(records: list[dict]) -> list[dict]:
     return [{**record, "cost": record["ms"] / record["bytes"] / best[record["loss"]]} for record in own]
 
 
-def along(axis: str, records: list[dict]) -> list[dict]:
-    """The records of a scaling suite in which only `axis` differs from the base point, its first record."""
-    base = records[0]
+def along(axis: str, records: list[dict], base: dict) -> list[dict]:
+    """The records in which only `axis` differs from `base`, the first one of a scaling suite."""
     same = [record for record in records if all(record[other] == base[other] for other in AXES if other != axis)]
     return sorted(same, key=lambda record: record[axis])
 
@@ -109,15 +108,15 @@ def scaling(records: list[dict]) -> list[list[str]]:
     """One axis at a time: time, eager and as a CUDA graph, and the graph's time a byte moved relative to the best."""
     whats = ("", ", graph", ", a byte")
     table = [["", *(f"{loss}{what}" for loss in LOSSES.values() for what in whats), "TopK, dense"]]
-    costs = relative_cost(records)
+    base, costs, failed = records[0], relative_cost(records), {"status": "failed"}
     eager = [r for r in records if (r["row"], r["mode"]) == ("flex_sae", "step")]
     for axis in AXES:
-        dense = {r[axis]: r for r in along(axis, records) if r["row"] == "dense"}
-        for size in sorted({record[axis] for record in along(axis, records)}):
+        dense = {r[axis]: r for r in along(axis, records, base) if r["row"] == "dense"}
+        for size in sorted({record[axis] for record in along(axis, records, base)}):
             line = [f"{axis}={size}"]
             for loss in LOSSES:
                 step, replay = (
-                    next((r for r in along(axis, chosen) if (r["loss"], r[axis]) == (loss, size)), {"status": "failed"})
+                    next((r for r in along(axis, chosen, base) if (r["loss"], r[axis]) == (loss, size)), failed)
                     for chosen in (eager, costs)
                 )
                 line += [time_of(step), time_of(replay), f"{replay['cost']:.2f}x" if "cost" in replay else ""]

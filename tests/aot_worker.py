@@ -35,7 +35,7 @@ DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 # The first of each row is compiled; the others differ in their factors of 16 and in being 1. Two rows, because the
 # dtype that holds a feature while pairs are sorted depends on F.
 SIZES = (
-    *((1024, 256), (64, 256), (63, 256), (1, 256), (64, 255), (48, 1), (1000, 512), (4096, 256)),
+    *((1024, 256), (64, 256), (63, 256), (1, 256), (64, 255), (48, 1), (1000, 512), (5000, 256)),
     *((64, 2**17), (63, 2**17 + 1), (1, 2**16 + 1)),
 )
 
@@ -58,7 +58,7 @@ def launch_everything(flex, dtype, B, F):
     *_, by_sample = ops.topk_forward(*inputs, True, True)
     *_, plan, _ = ops.hierarchical_forward(*inputs, True, True, False)
     *_, units, _, by_slot = ops.hierarchical_forward(*inputs, True, False, True)
-    ops.topk_backward(scale, state, weight, vals, bias, by_sample, True, True, True)
+    ops.topk_backward(scale, state, weight, vals, dtype, by_sample, True, True, True)
     for pairs in ([], by_slot) if dtype == accumulation else (by_slot,):
         ops.hierarchical_backward(scale, state, units, plan, *inputs, pairs, True, True, True)
 

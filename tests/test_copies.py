@@ -24,7 +24,7 @@ def counted(counts, device):
 
 
 @pytest.mark.parametrize(
-    "counts", [[7, 0, 4, 3, 130, 1, 16, 5], [0, 1, 3, 4, 1, 0], [64] * 1500, [4 * COPIES]], ids=len
+    "counts", [[7, 0, 4, 3, 130, 1, 16, 5], [0, 1, 3, 4, 1, 0], [64, 0, 1] * 500, [4 * COPIES]], ids=len
 )
 def test_a_plan_gives_heavy_features_copies_of_their_own(copies, device, counts):
     F, B = len(counts), sum(counts)
@@ -32,6 +32,7 @@ def test_a_plan_gives_heavy_features_copies_of_their_own(copies, device, counts)
     copies.plan_copies(plan, B, 1)
     pairs_of_a_copy = max(2, math.ceil(B / COPIES))
     planned, (total, *owners) = plan[:F].tolist(), plan[F:].tolist()
+    assert 2 <= total <= COPIES  # some feature is heavy
     taken = []
     for feature, (count, plan_of_feature) in enumerate(zip(counts, planned, strict=True)):
         shares = count // pairs_of_a_copy
@@ -44,7 +45,6 @@ def test_a_plan_gives_heavy_features_copies_of_their_own(copies, device, counts)
         taken += range(first, first + number)
         owners[first] = 0
     assert sorted(taken) == list(range(total))  # none is shared, none is left out
-    assert total <= COPIES
     assert not any(owners)
 
 
@@ -71,11 +71,29 @@ def test_gradients_are_right_where_most_features_are_heavy(flex, device, copies,
     assert not rows[:F][is_heavy].any()
 
 
+BAD = [-1, 9, -(2**31), 2**31, 2**40, -(2**63), 2**63 - 1]
+
+
 def test_bad_indices_have_no_copies(flex, device, copies):
-    problem = make_problem(20, 17, 9, 33, device=device)
-    bad = torch.tensor([-1, 9, 2**31, -(2**63), 2**63 - 1], device=device).repeat(68).view(20, 17)
+    problem = make_problem(20, 14, 9, 33, device=device)
+    bad = torch.tensor(BAD, device=device).repeat(40).view(20, 14)
     *_, plan, _ = flex._ops.ops.hierarchical_forward(*problem._replace(indices=bad), True, True, False)
     assert not plan.any()
+
+
+@pytest.mark.parametrize("index", BAD)
+def test_a_bad_index_beside_heavy_features_spoils_its_sample_alone(flex, device, copies, index):
+    right = make_problem(20, 17, 9, 33, device=device)
+    wrong = right._replace(indices=right.indices.clone())
+    wrong.indices[1, 3] = index
+    result, expected = run(flex.triton_hierarchical_sae_loss, wrong), truth("hierarchical", right)
+    assert result.loss.isnan()
+    assert result.vals[1].isnan().all()
+    untouched = [f for f in range(9) if f not in right.indices[1]]
+    others = [b for b in range(20) if b != 1]
+    assert untouched
+    assert relative_error(result.vals[others], expected.vals[others]) <= 1e-5
+    assert relative_error(result.weight[untouched], expected.weight[untouched]) <= 1e-5
 
 
 def test_small_batches_need_no_copies(flex, device):

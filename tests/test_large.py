@@ -54,14 +54,21 @@ def give_memory_back():
 @pytest.mark.parametrize("kind", LOSSES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 # Deterministic mode makes torch's own scatter sort, which it refuses beyond 2**31 elements.
-@pytest.mark.parametrize("case, deterministic", [*((case, False) for case in CASES), ("B * K > 2**31", True)])
-def test_offsets_beyond_32_bits_are_right(flex, kind, case, dtype, deterministic):
+@pytest.mark.parametrize(
+    "case, pattern, deterministic",
+    [
+        *((case, "uniform", False) for case in CASES),
+        ("F * D > 2**31", "one_hot_feature", False),  # the copies lie behind all rows
+        ("B * K > 2**31", "uniform", True),
+    ],
+)
+def test_offsets_beyond_32_bits_are_right(flex, kind, case, dtype, pattern, deterministic):
     sizes, (samples, columns), gigabytes = CASES[case]
     torch.cuda.empty_cache()
     free = torch.cuda.mem_get_info()[0] / 2**30
     if free < gigabytes:
         pytest.skip(f"needs {gigabytes} GiB of free GPU memory, there are {free:.0f}")
-    problem = make_problem(*sizes, device="cuda", dtypes=dtype, index_dtype=torch.int32)
+    problem = make_problem(*sizes, device="cuda", dtypes=dtype, index_dtype=torch.int32, pattern=pattern)
     # 16-bit gradients near zero would all be subnormal for these sizes if the loss were not scaled.
     grad_out = float(problem.target.numel())
     with deterministic_algorithms(deterministic):

@@ -10,6 +10,8 @@ import torch
 # triton.jit decides at import whether kernels are interpreted, so this is decided at import too.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
+# A launch takes at most 65535 tiles of columns, each of 32 or more.
+_MAX_D = 2**20
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -44,6 +46,8 @@ def check_inputs(
     F, D = weight.shape
     if F == 0 or D == 0:
         raise ValueError(f"weight must have shape [F, D] with F >= 1 and D >= 1, got {(F, D)}")
+    if F >= 2**31 or D > _MAX_D:
+        raise ValueError(f"weight must have shape [F, D] with F < 2**31 and D <= 2**20, got {(F, D)}")
     for name, dims, shape in (("vals", "[B, K]", (B, K)), ("bias", "[D]", (D,)), ("target", "[B, D]", (B, D))):
         if tensors[name].shape != shape:
             raise ValueError(f"{name} must have shape {dims} = {shape}, got {tuple(tensors[name].shape)}")

@@ -18,11 +18,12 @@ import triton.language as tl
 
 from .checks import cdiv, next_power_of_2
 
-# A heavy feature has a copy for every so many pairs, rounded down to a power of two, and at least two. On an H200 with
-# Zipf(1) indices (B=4096, F=65536, D=2304) a step at K=32 takes 0.90, 0.94, 1.03 ms with 128, 256, 512, 1.35 without.
+# A feature has a copy for every so many pairs, their number rounded down to a power of two; one would be none. On an
+# H200 with Zipf(1) indices (B=4096, F=65536, D=2304) a step at K=32 takes 0.90, 0.94, 1.03 ms with 128, 256, 512, and
+# 1.35 without copies.
 _COPY_PAIRS = 128
 # Copies at most, so that they take at most [_MAX_COPIES, D] whatever B and K are. At K=128 it takes 3.00, 2.75, 2.61
-# ms with 512, 1024, 2048, 3.18 without.
+# ms with 512, 1024, 2048, and 3.18 without.
 _BITS = tl.constexpr(11)
 _MAX_COPIES = 2**_BITS.value
 # Features of a program that makes the plan, and copies and columns that are summed at a time.
@@ -37,10 +38,11 @@ def count_pairs(
     tile,
     K,
     F,
+    active,
     BLOCK_K: tl.constexpr,
 ):
     """For a program of a forward kernel: count the pairs of sample b, if its tile is the first."""
-    if tile == 0:
+    if (tile == 0) & (active != 0):
         for start in range(0, K, BLOCK_K):
             steps = start + tl.arange(0, BLOCK_K)
             feature = tl.load(indices_ptr + b * K + steps, mask=steps < K, other=-1).to(tl.int64)
@@ -54,7 +56,7 @@ def _plan_copies_kernel(
     copy_pairs,
     BLOCK: tl.constexpr,
 ):
-    feature = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    feature = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     exists = feature < F
     wanted = tl.load(plan_ptr + feature, mask=exists, other=0) // copy_pairs
     copies = tl.full([BLOCK], 1, tl.int32)
@@ -62,9 +64,10 @@ def _plan_copies_kernel(
         copies = tl.where(wanted >= 2, 2 * copies, copies)
         wanted //= 2
     is_heavy = copies >= 2
-    first = tl.atomic_add(plan_ptr + F + tl.zeros_like(feature), copies, mask=is_heavy, sem="relaxed")
+    total_ptr = plan_ptr + F + tl.zeros([BLOCK], tl.int64)
+    first = tl.atomic_add(total_ptr, copies, mask=is_heavy, sem="relaxed")
     tl.store(plan_ptr + feature, tl.where(is_heavy, (first << _BITS) + copies - 1, 0), mask=exists)
-    tl.store(plan_ptr + F + 1 + first, feature + 1, mask=is_heavy)
+    tl.store(total_ptr + 1 + first, (feature + 1).to(tl.int32), mask=is_heavy)
 
 
 @triton.jit
@@ -92,7 +95,8 @@ def _sum_copies_kernel(
     BLOCK_D: tl.constexpr,
 ):
     first = tl.program_id(0)
-    feature = tl.load(plan_ptr + F + 1 + first) - 1
+    owners_ptr = plan_ptr + F + 1
+    feature = tl.load(owners_ptr + first) - 1
     if feature >= 0:
         cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
         in_row = cols < D
@@ -101,15 +105,21 @@ def _sum_copies_kernel(
         for start in range(0, copies, BLOCK_C):
             copy = start + tl.arange(0, BLOCK_C)
             mask = (copy < copies)[:, None] & in_row[None, :]
-            row = (F + first + copy).to(tl.int64) * D
-            total += tl.sum(tl.load(rows_ptr + row[:, None] + cols[None, :], mask=mask, other=0.0), axis=0)
+            row = F + (first + copy).to(tl.int64)
+            total += tl.sum(tl.load(rows_ptr + (row * D)[:, None] + cols[None, :], mask=mask, other=0.0), axis=0)
         # Nothing was added to the feature's row itself.
         tl.store(rows_ptr + feature.to(tl.int64) * D + cols, total, mask=in_row)
 
 
 def new_plan(indices: torch.Tensor, F: int) -> torch.Tensor:
-    """A plan with counts of zero, for a kernel to count pairs in."""
+    """A plan of zeros: no feature has copies, and no pair is counted yet."""
     return indices.new_zeros(F + 1 + _MAX_COPIES, dtype=torch.int32)
+
+
+def needs_copies(B: int, K: int) -> bool:
+    """Whether a feature may have copies, so that pairs have to be counted."""
+    _, copies = _copies(B, K)
+    return copies > 0
 
 
 def plan_copies(plan: torch.Tensor, B: int, K: int) -> None:
@@ -140,7 +150,7 @@ def sum_copies(
 
 
 def _copies(B, K):
-    """The pairs that share a copy, and the copies of all features at most. None where a feature of every sample would
-    have less than four: they would not be worth their launches."""
+    """The pairs that share a copy, and the copies of all features at most. Where even a feature of every sample would
+    have fewer than four, there are 0: they would not be worth their launches."""
     copy_pairs = max(_COPY_PAIRS, cdiv(B * K, _MAX_COPIES))
     return copy_pairs, cdiv(B * K, copy_pairs) if 4 * copy_pairs <= B else 0

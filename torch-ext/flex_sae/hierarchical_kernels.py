@@ -43,7 +43,7 @@ from .checks import (
     unit_stride_rows,
 )
 from .columns import sum_columns
-from .copies import count_pairs, new_plan, new_rows, plan_copies, row_to_add_to, sum_copies
+from .copies import count_pairs, needs_copies, new_plan, new_rows, plan_copies, row_to_add_to, sum_copies
 from .pairs import (
     OrderedPairs,
     finish,
@@ -76,7 +76,7 @@ _ATOMIC_BLOCK_K, _ATOMIC_BLOCK_D = 8, 64
 _SCRATCH_BYTES = 2**15
 
 
-@triton.jit(do_not_specialize=["B", "F", "weight_stride"])
+@triton.jit(do_not_specialize=["B", "F", "weight_stride", "counts"])
 def _hierarchical_forward_kernel(
     loss_ptr,  # [cdiv(D, BLOCK_D), B], this tile's share of the loss
     suffix_ptr,  # [B, D], S_0
@@ -93,6 +93,7 @@ def _hierarchical_forward_kernel(
     K,
     F,
     D,
+    counts,  # whether there is anything to plan
     NEEDS_SUFFIX: tl.constexpr,
     EVEN_K: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -109,7 +110,7 @@ def _hierarchical_forward_kernel(
     if keys_ptr is not None:
         store_keys(keys_ptr, indices_ptr, b, tile, K, F, BLOCK_K)
     if plan_ptr is not None:
-        count_pairs(plan_ptr, indices_ptr, b, tile, K, F, BLOCK_K)
+        count_pairs(plan_ptr, indices_ptr, b, tile, K, F, counts, BLOCK_K)
     bias = tl.load(bias_ptr + cols, mask=in_row, other=0.0).to(dtype)
     target = tl.load(target_ptr + b * target_stride + cols, mask=in_row, other=0.0).to(dtype)
     residual = bias - target
@@ -275,6 +276,7 @@ def _hierarchical_forward(
             K,
             F,
             D,
+            needs_copies(B, K),
             NEEDS_SUFFIX=needs_suffix,
             EVEN_K=K % block_k == 0,
             ALIGN=lane_columns(weight, block_d),
@@ -335,17 +337,17 @@ def _hierarchical_backward(
         align,
         vals_sums,
         weight_sums=None,
-        plan=None,
+        copies_plan=None,
         scratch=None,
-        slots=None,
-        units=None,
+        scratch_slots=None,
+        scratch_units=None,
     ):
         _hierarchical_backward_kernel[(B, cdiv(min(columns, D - first_column), block_d))](
             weight_sums,
-            plan,
+            copies_plan,
             scratch,
-            slots,
-            units,
+            scratch_slots,
+            scratch_units,
             vals_sums,
             suffix,
             scale,
@@ -369,23 +371,23 @@ def _hierarchical_backward(
             num_warps=1,
         )
 
-    weight_grad = vals_grad = None
-    bias_grad = bias.new_empty(D if needs_bias else 0)
+    weight_grad = vals_grad = bias_grad = None
     with device_of(weight):
-        if ordered and (needs_weight or needs_vals):
-            if needs_weight and not pairs:  # Deterministic mode has been switched on since the forward pass.
-                pairs = _order_pairs(make_keys(indices, F), vals, F, suffix.dtype, units)
-            weight_grad, vals_grad = _ordered_gradients(
-                launch, scale, suffix, units, weight, vals, pairs, needs_weight, needs_vals
-            )
-        elif needs_weight or needs_vals:
-            weight_grad, vals_grad = _atomic_gradients(launch, suffix, plan, weight, vals, needs_weight, needs_vals)
+        if needs_weight or needs_vals:
+            if not ordered:
+                weight_grad, vals_grad = _atomic_gradients(launch, suffix, plan, weight, vals, needs_weight, needs_vals)
+            else:
+                if needs_weight and not pairs:  # Deterministic mode has been switched on since the forward pass.
+                    pairs = _order_pairs(make_keys(indices, F), vals, F, suffix.dtype, units)
+                weight_grad, vals_grad = _ordered_gradients(
+                    launch, scale, suffix, units, weight, vals, pairs, needs_weight, needs_vals
+                )
         if needs_bias:
-            sum_columns(suffix, scale, bias_grad)
+            bias_grad = sum_columns(suffix, D, scale).to(bias.dtype)
     return (
         weight_grad if needs_weight else weight.new_empty(0),
         vals_grad if needs_vals else vals.new_empty(0),
-        bias_grad,
+        bias_grad if needs_bias else bias.new_empty(0),
     )
 
 
@@ -403,7 +405,7 @@ def _atomic_gradients(launch, suffix, plan, weight, vals, needs_weight, needs_va
         align=lane_columns(weight, 2 * _ATOMIC_BLOCK_D),
         vals_sums=vals_sums,
         weight_sums=weight_sums,
-        plan=plan if needs_weight else None,
+        copies_plan=plan if needs_weight else None,
     )
     weight_grad = sum_copies(weight_sums, plan) if needs_weight else None
     return weight_grad, vals_sums.to(vals.dtype) if needs_vals else None
@@ -432,8 +434,8 @@ def _ordered_gradients(launch, scale, suffix, units, weight, vals, pairs, needs_
             align=lane_columns(weight, block_d),
             vals_sums=vals_sums,
             scratch=scratch,
-            slots=slots,
-            units=units if units.numel() else None,
+            scratch_slots=slots,
+            scratch_units=units if units.numel() else None,
         )
         if needs_weight:
             sum_pairs(pairs, scratch, None, weight, scale, weight_grad, pieces, first_column=first_column)
@@ -550,7 +552,7 @@ def triton_hierarchical_sae_loss(
 
     Raises:
         TypeError: an argument is no tensor or has another dtype.
-        ValueError: shapes or devices do not fit together.
+        ValueError: shapes or devices do not fit together, or F >= 2**31, or D > 2**20.
     """
     check_inputs(indices, weight, vals, bias, target)
     if not runs_triton(indices):

@@ -173,7 +173,7 @@ def _topk_backward(
     residual: torch.Tensor,  # [B, width]
     weight: torch.Tensor,  # [F, D]
     vals: torch.Tensor,  # [B, K]
-    bias: torch.Tensor,  # [D]
+    bias_dtype: torch.dtype,
     pairs: list[torch.Tensor],
     needs_weight: bool,
     needs_vals: bool,
@@ -183,7 +183,7 @@ def _topk_backward(
     D = weight.shape[1]
     weight_grad = weight.new_empty(0)
     vals_grad = vals.new_empty(vals.shape if needs_vals else (0,))
-    bias_grad = bias.new_empty(D if needs_bias else 0)
+    bias_grad = residual.new_empty(0)
     with device_of(weight):
         if needs_weight or needs_vals:
             pairs = OrderedPairs(*pairs)
@@ -197,8 +197,8 @@ def _topk_backward(
             sum_pairs(pairs, residual, pairs.link, weight, scale, out, pieces, dots)
             finish(pairs, scale, out, pieces, vals_grad if needs_vals else None, dots)
         if needs_bias:
-            sum_columns(residual, scale, bias_grad)
-    return weight_grad, vals_grad, bias_grad
+            bias_grad = sum_columns(residual, D, scale)
+    return weight_grad, vals_grad, bias_grad.to(bias_dtype)
 
 
 torch.library.define(
@@ -210,8 +210,8 @@ torch.library.impl(add_op_namespace_prefix("topk_forward"), "default", _topk_for
 
 torch.library.define(
     add_op_namespace_prefix("topk_backward"),
-    "(Tensor scale, Tensor residual, Tensor weight, Tensor vals, Tensor bias, Tensor[] pairs, bool needs_weight,"
-    " bool needs_vals, bool needs_bias) -> (Tensor, Tensor, Tensor)",
+    "(Tensor scale, Tensor residual, Tensor weight, Tensor vals, ScalarType bias_dtype, Tensor[] pairs,"
+    " bool needs_weight, bool needs_vals, bool needs_bias) -> (Tensor, Tensor, Tensor)",
 )
 torch.library.impl(add_op_namespace_prefix("topk_backward"), "default", _topk_backward)
 
@@ -226,8 +226,12 @@ def _topk_forward_fake(indices, weight, vals, bias, target, needs_residual, need
 
 
 @torch.library.register_fake(add_op_namespace_prefix("topk_backward"))
-def _topk_backward_fake(scale, residual, weight, vals, bias, pairs, *needs):
-    return tuple(t.new_empty(t.shape if needed else (0,)) for t, needed in zip((weight, vals, bias), needs))
+def _topk_backward_fake(scale, residual, weight, vals, bias_dtype, pairs, needs_weight, needs_vals, needs_bias):
+    return (
+        weight.new_empty(weight.shape if needs_weight else (0,)),
+        vals.new_empty(vals.shape if needs_vals else (0,)),
+        weight.new_empty(weight.shape[1] if needs_bias else 0, dtype=bias_dtype),
+    )
 
 
 class TopKSAELoss(torch.autograd.Function):
@@ -237,20 +241,20 @@ class TopKSAELoss(torch.autograd.Function):
     def forward(ctx, indices, weight, vals, bias, target, needs_grad):
         needs_pairs = needs_grad and any(ctx.needs_input_grad[1:3])
         loss, residual, pairs = ops.topk_forward(indices, weight, vals, bias, target, needs_grad, needs_pairs)
-        ctx.save_for_backward(residual, weight, vals, bias, *pairs)
-        ctx.target_dtype = target.dtype
+        ctx.save_for_backward(residual, weight, vals, *pairs)
+        ctx.bias_dtype, ctx.target_dtype = bias.dtype, target.dtype
         return loss
 
     @staticmethod
     def backward(ctx, grad_out):
         refuse_second_derivative("triton_topk_sae_loss")
-        residual, weight, vals, bias, *pairs = ctx.saved_tensors
+        residual, weight, vals, *pairs = ctx.saved_tensors
         _, *needs, needs_target, _ = ctx.needs_input_grad
         B, D = residual.shape[0], weight.shape[1]
         scale = grad_out * (2.0 / (B * D))
         grads = (None,) * 3
         if any(needs):
-            grads = ops.topk_backward(scale, residual, weight, vals, bias, pairs, *needs)
+            grads = ops.topk_backward(scale, residual, weight, vals, ctx.bias_dtype, pairs, *needs)
             grads = (grad if needed else None for grad, needed in zip(grads, needs))
         target_grad = (residual[:, :D] * -scale).to(ctx.target_dtype) if needs_target else None
         return None, *grads, target_grad, None
@@ -288,7 +292,7 @@ def triton_topk_sae_loss(
 
     Raises:
         TypeError: an argument is no tensor or has another dtype.
-        ValueError: shapes or devices do not fit together.
+        ValueError: shapes or devices do not fit together, or F >= 2**31, or D > 2**20.
     """
     check_inputs(indices, weight, vals, bias, target)
     if not runs_triton(indices):
