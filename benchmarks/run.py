@@ -68,6 +68,7 @@ TRAFFIC = {
     ),
 }
 TRAFFIC |= {(loss, "graph"): TRAFFIC[loss, "step"] for loss in LOSSES}
+TRAFFIC["hierarchical", "deterministic graph"] = TRAFFIC["hierarchical", "deterministic"]
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,7 @@ class Case:
     wall           step as the host sees it: many in a row, then one synchronisation
     one thread     wall under torch.autograd.set_multithreading_enabled(False)
     graph          the replay of a captured step: what the device takes, whatever the host takes to launch it
+    deterministic graph
     """
 
     shape: Shape
@@ -113,12 +115,12 @@ def targets() -> list[Case]:
             cases += [Case(half, "topk", "step", ("embedding_bag", "dense")), Case(half, "hierarchical", "step")]
             cases += [Case(half, "hierarchical", "deterministic")]
         cases += [Case(replace(shape, B=8192), loss, "step") for loss in LOSSES]
-    return [also for case in cases for also in ((case, graph(case)) if case.mode == "step" else (case,))]
+    return [also for case in cases for also in ((case,) if case.mode == "forward" else (case, graph(case)))]
 
 
 def graph(case: Case) -> Case:
     """The same as a CUDA graph, of the package and the baselines alone."""
-    return replace(case, mode="graph", peers=())
+    return replace(case, mode="graph" if case.mode == "step" else f"{case.mode} graph", peers=())
 
 
 def readme() -> list[Case]:
@@ -504,7 +506,7 @@ def prepare_row(case: Case, inputs: Inputs, function, want: dict, optimizer) -> 
         return inputs.step(function, i, optimizer)
 
     inputs.clear()
-    if case.mode == "graph":
+    if case.mode.endswith("graph"):
         graphs, loss = capture(inputs, function)
         graphs[0].replay()
         return {"errors": check(results(loss), want, bound)}, lambda i: graphs[i].replay()
@@ -526,7 +528,7 @@ def run_case(case: Case, inputs: Inputs, functions: dict, want: dict, ceilings: 
     # lr=0: the same work, and the weight stays the one that was checked
     optimizer = torch.optim.Adam([inputs.weight, inputs.bias], lr=0.0) if case.mode == "adam" else None
     records, steps = {}, {}
-    torch.use_deterministic_algorithms(case.mode == "deterministic")
+    torch.use_deterministic_algorithms(case.mode.startswith("deterministic"))
     one_thread = torch.autograd.set_multithreading_enabled(case.mode != "one thread")
     with torch.set_grad_enabled(case.mode != "forward"), one_thread:
         for row, function in functions.items():

@@ -18,6 +18,7 @@ MODES = {
     "deterministic": "forward + backward, deterministic",
     "forward": "forward",
     "graph": "forward + backward, CUDA graph",
+    "deterministic graph": "forward + backward, deterministic, CUDA graph",
 }
 AXES = "BKFD"
 

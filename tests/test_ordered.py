@@ -51,7 +51,9 @@ def test_pairs_are_sorted_by_feature_then_place(flex, device, monkeypatch, F, in
         pairs = module.order_pairs(keys, vals, F, torch.float32, want_slots, units if want_slots else None)
         assert torch.equal(pairs.order, order)
         assert torch.equal(pairs.keys.long() + (2**15 if F <= 2**16 else 0), features)
-        assert torch.equal(pairs.ends.long(), features.bincount(minlength=F).cumsum(0))
+        counts = features.bincount(minlength=F)
+        segments = torch.stack([counts.cumsum(0) - counts, counts.cumsum(0)], dim=1)
+        assert torch.equal(pairs.segments.long(), torch.where(counts[:, None] > 0, segments, 0))
         assert torch.equal(pairs.coefs, (vals * units[:, None] if want_slots else vals).view(-1)[order])
         assert torch.equal(pairs.link.long(), order.argsort() if want_slots else order // K)
 
