@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from support import PATTERNS, assert_right, make_problem, needs_cuda, relative_error, run, submodule, truth
+from support import PATTERNS, assert_right, budget, make_problem, needs_cuda, relative_error, run, submodule, truth
 
 COPIES = 2048  # at most
 
@@ -87,13 +87,15 @@ def test_a_bad_index_beside_heavy_features_spoils_its_sample_alone(flex, device,
     wrong = right._replace(indices=right.indices.clone())
     wrong.indices[1, 3] = index
     result, expected = run(flex.triton_hierarchical_sae_loss, wrong), truth("hierarchical", right)
+    allowed = budget("hierarchical", right, expected)
     assert result.loss.isnan()
     assert result.vals[1].isnan().all()
     untouched = [f for f in range(9) if f not in right.indices[1]]
     others = [b for b in range(20) if b != 1]
     assert untouched
-    assert relative_error(result.vals[others], expected.vals[others]) <= 1e-5
-    assert relative_error(result.weight[untouched], expected.weight[untouched]) <= 1e-5
+    for name, kept in (("vals", others), ("weight", untouched)):
+        value, true, tolerance = (getattr(r, name)[kept] for r in (result, expected, allowed))
+        assert ((value.double() - true).abs() <= tolerance).all(), name
 
 
 def test_small_batches_need_no_copies(flex, device):
