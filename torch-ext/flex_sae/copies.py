@@ -12,6 +12,8 @@ The plan says which features have copies. Its F + 1 + _MAX_COPIES numbers are
     for each copy, the feature plus 1 if it is the feature's first, else 0.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -146,7 +148,16 @@ def sum_copies(
     copies, block_d = rows.shape[0] - F, min(_SUM_BLOCK_D, next_power_of_2(D))
     if copies:
         _sum_copies_kernel[(copies, cdiv(D, block_d))](rows, plan, F, D, BLOCK_C=_SUM_BLOCK_C, BLOCK_D=block_d)
+    else:
+        _compile_for_larger_batches(rows.device, rows.dtype, F, D, block_d)
     return rows[:F]
+
+
+@functools.cache
+def _compile_for_larger_batches(device, dtype, F, D, block_d):
+    """Compile what a small batch does not launch with the rest, so that no later batch waits for a compiler."""
+    _plan_copies_kernel.warmup(torch.int32, F, _COPY_PAIRS, BLOCK=_PLAN_BLOCK, grid=(1,))
+    _sum_copies_kernel.warmup(dtype, torch.int32, F, D, BLOCK_C=_SUM_BLOCK_C, BLOCK_D=block_d, grid=(1,))
 
 
 def _copies(B, K):
