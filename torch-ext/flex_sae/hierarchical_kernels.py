@@ -63,9 +63,9 @@ from .pairs import (
 _FORWARD_BLOCK_K = 32
 # A tile that writes to scratch takes this much of a row: 64 columns of float32, 128 of float16 (bfloat16 weight).
 _SCRATCH_ROW_BYTES = 256
-# Steps of such a tile of up to 64 columns, and of 128. Of 4 to 32 on an H200 at K=128: 32 is the best for float32, by
-# 8%; for bfloat16 all are within 6%, and 32 spills registers.
-_SCRATCH_BLOCK_K, _WIDE_SCRATCH_BLOCK_K = 32, 8
+# Steps of such a tile of up to 64 columns, and of 128. Of 4 to 32 on an H200 the best for float32, by 12% (K=128); of 2
+# to 16 the best for bfloat16, by 10%.
+_SCRATCH_BLOCK_K, _WIDE_SCRATCH_BLOCK_K = 32, 4
 # Steps and columns of a tile that adds to d weight atomically. Of 4 to 32 steps and 16 to 128 columns on an H200, the
 # best or within 1% of it at B=4096 and 8192, K=32 and 128: with more columns d weight leaves the L2 cache, with fewer
 # the work on indices counts.
@@ -191,6 +191,7 @@ def _hierarchical_backward_kernel(
     for HAS_COPIES in tl.static_range(2 if weight_sums_ptr is not None else 1):
         if any_heavy == HAS_COPIES:
             steps = tl.arange(0, BLOCK_K)
+            first, last = (steps == 0)[:, None], (steps == BLOCK_K - 1)[:, None]
             feature, val, valid = load_pairs(indices_ptr, vals_ptr, b, steps, K, F, dtype)
             for _ in range(0, K, BLOCK_K):
                 row = tl.multiple_of(feature * weight_stride, ALIGN)
@@ -199,12 +200,21 @@ def _hierarchical_backward_kernel(
                 # The next pairs are on their way before these rows are used.
                 next_feature, next_val, next_valid = load_pairs(indices_ptr, vals_ptr, b, steps + BLOCK_K, K, F, dtype)
 
-                added = val[:, None] * weight
-                residuals = residual[None, :] + tl.cumsum(added, axis=0)
                 # S_i = S_0 - sum_{j < i} r_j. A reversed scan would shuffle every element across the warp.
-                suffixes = suffix[None, :] - (tl.cumsum(residuals, axis=0) - residuals)
-                residual += tl.sum(added, axis=0)
-                suffix -= tl.sum(residuals, axis=0)
+                added = val[:, None] * weight
+                if ATOMIC:
+                    residuals = residual[None, :] + tl.cumsum(added, axis=0)
+                    suffixes = suffix[None, :] - (tl.cumsum(residuals, axis=0) - residuals)
+                    residual += tl.sum(added, axis=0)
+                    suffix -= tl.sum(residuals, axis=0)
+                else:
+                    # The same with fewer additions where a lane has all steps of its columns. Where steps lie across
+                    # lanes it is up to 5% slower.
+                    residuals = tl.cumsum(tl.where(first, residual[None, :] + added, added), axis=0)
+                    before = tl.cumsum(tl.where(first, residuals - suffix[None, :], residuals), axis=0)
+                    suffixes = residuals - before
+                    residual = tl.sum(tl.where(last, residuals, 0.0), axis=0)
+                    suffix = -tl.sum(tl.where(last, before, 0.0), axis=0)
 
                 exists = steps < K
                 pair = b * K + steps
