@@ -48,7 +48,7 @@ def launch_everything(flex, dtype, B, F):
     indices = torch.arange(B * K).view(B, K) % F
     weight, target = torch.empty(F, D, dtype=dtype), torch.empty(B, D, dtype=dtype)
     vals, bias = torch.empty(B, K, dtype=dtype), torch.empty(D, dtype=dtype)
-    scale, state = torch.empty((), dtype=accumulation), torch.empty(B, D, dtype=accumulation)
+    scalar, state = torch.empty((), dtype=accumulation), torch.empty(B, D, dtype=accumulation)
     inputs = indices, weight, vals, bias, target
     whole, pairs_module._MAX_SORT = pairs_module._MAX_SORT, B * K - 1
     ops.topk_forward(*inputs, True, True)  # merges two parts
@@ -58,9 +58,9 @@ def launch_everything(flex, dtype, B, F):
     *_, by_sample = ops.topk_forward(*inputs, True, True)
     *_, plan, _ = ops.hierarchical_forward(*inputs, True, True, False)
     *_, units, _, by_slot = ops.hierarchical_forward(*inputs, True, False, True)
-    ops.topk_backward(scale, state, weight, vals, dtype, by_sample, True, True, True)
+    ops.topk_backward(scalar, state, weight, vals, dtype, by_sample, True, True, True)
     for pairs in ([], by_slot) if dtype == accumulation else (by_slot,):
-        ops.hierarchical_backward(scale, state, units, plan, *inputs, pairs, True, True, True)
+        ops.hierarchical_backward(scalar, state, units, plan, *inputs, pairs, True, True, True)
 
 
 def main(target, out):

@@ -70,7 +70,7 @@ def test_a_training_step_keeps_one_tensor_the_size_of_target(flex, device, kind,
     planned = kind == "hierarchical" and "weight" in names and not deterministic
     with deterministic_algorithms(deterministic):
         saved = saved_bytes(triton_loss(flex, kind), problem)
-    width = 48 if kind == "topk" else D  # rows of the residual are a multiple of 16 long
+    width = 48 if kind == "topk" else D  # rows of TopK's gradient are a multiple of 16 long
     assert saved == 4 * B * width + ordered * (18 * B * K + 8 * F) + planned * 4 * (F + 1 + 2048)
 
 
@@ -117,7 +117,7 @@ def op_arguments(flex, device):
     """Arguments for each of the ops, as the autograd Functions pass them."""
     inputs = make_problem(3, 5, 7, 9, device=device, pattern="duplicates")
     _, weight, vals, bias, target = inputs
-    scale, state = torch.tensor(0.1, device=device), torch.randn_like(target)
+    scalar, state = torch.tensor(0.1, device=device), torch.randn_like(target)
     *_, by_sample = flex._ops.ops.topk_forward(*inputs, True, True)
     *_, units, plan, by_slot = flex._ops.ops.hierarchical_forward(*inputs, True, True, True)
     for needs in ((True, True), (True, False), (False, False)):
@@ -125,9 +125,9 @@ def op_arguments(flex, device):
     for needs in ((True, True, False), (True, False, True), (True, False, False), (False, False, False)):
         yield "hierarchical_forward", (*inputs, *needs)
     for needs in ((True, True, True), (True, False, False), (False, True, False), (False, False, True)):
-        yield "topk_backward", (scale, state, weight, vals, bias.dtype, by_sample, *needs)
+        yield "topk_backward", (scalar, state, weight, vals, bias.dtype, by_sample, *needs)
         for pairs in ([], by_slot):
-            yield "hierarchical_backward", (scale, state, units, plan, *inputs, pairs, *needs)
+            yield "hierarchical_backward", (scalar, state, units, plan, *inputs, pairs, *needs)
 
 
 @pytest.mark.parametrize("op", ["topk_forward", "topk_backward", "hierarchical_forward", "hierarchical_backward"])
@@ -198,8 +198,8 @@ def test_other_batch_sizes_and_dictionaries_do_not_recompile_kernels(flex, monke
     def hook(*, fn, **_):
         compiled.append(fn.name)
 
-    def run_one(B, F):
-        run(triton_loss(flex, kind), make_problem(B, 20, F, 320, device="cuda"))
+    def run_one(B, F, grad_out=None):
+        run(triton_loss(flex, kind), make_problem(B, 20, F, 320, device="cuda"), grad_out)
 
     with deterministic_algorithms(deterministic):
         run_one(64, 4096)
@@ -208,6 +208,9 @@ def test_other_batch_sizes_and_dictionaries_do_not_recompile_kernels(flex, monke
         for B, F in ((64, 4096), (63, 4096), (1, 4096), (16, 4096), (64, 4095), (640, 1), (1000, 70001), (5000, 9)):
             run_one(B, F)
             assert not compiled, f"B={B} F={F} compiled {compiled}"
+        # As where several losses share a tensor
+        run_one(64, 4096, grad_out=torch.ones(2, device="cuda")[1])
+        assert not compiled, f"a grad_out that is not aligned compiled {compiled}"
 
 
 def assert_bitwise_repeatable(loss, problem):

@@ -11,7 +11,7 @@ from .checks import cdiv, next_power_of_2
 _ROWS, _BLOCK_B, _BLOCK_D, _WARPS = 4096, 512, 16, 16
 
 
-@triton.jit(do_not_specialize=["B"])
+@triton.jit(do_not_specialize=["B"], do_not_specialize_on_alignment=["scale_ptr"])
 def _sum_columns_kernel(
     out_ptr,  # [cdiv(B, ROWS), D]
     rows_ptr,  # [B, width]

@@ -266,7 +266,7 @@ def _hierarchical_forward(
     block_k, block_d = min(_FORWARD_BLOCK_K, next_power_of_2(K)), tile_columns(weight, dtype)
     tiles = cdiv(D, block_d)
     shares = torch.empty((tiles, B), dtype=dtype, device=weight.device)
-    suffix = torch.empty((B, D) if needs_suffix else (0,), dtype=dtype, device=weight.device)
+    suffix = new_empty(weight, *((B, D) if needs_suffix else (0,)), dtype=dtype)
     plan = new_plan(indices, F) if needs_plan else indices.new_empty(0)
     keys = new_keys(indices, F) if needs_pairs else None
     with device_of(weight):

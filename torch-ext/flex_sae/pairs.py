@@ -160,7 +160,10 @@ def _load_row_ids(samples_ptr, p, end):
         return tl.load(samples_ptr + p, mask=p < end, other=0).to(tl.int64)
 
 
-@triton.jit(do_not_specialize=["P", "window", "windows", "by_pair", "first_tile"])
+@triton.jit(
+    do_not_specialize=["P", "window", "windows", "by_pair", "first_tile"],
+    do_not_specialize_on_alignment=["scale_ptr"],
+)
 def _sum_pairs_kernel(
     out_ptr,  # [F, D]
     pieces_ptr,  # [2 * windows, D]
@@ -249,7 +252,7 @@ def _sum_pairs_kernel(
                 tl.store(out_ptr + out_row * D + cols, total, mask=in_row, eviction_policy="evict_first")
 
 
-@triton.jit(do_not_specialize=["P", "window", "windows"])
+@triton.jit(do_not_specialize=["P", "window", "windows"], do_not_specialize_on_alignment=["scale_ptr"])
 def _finish_kernel(
     out_ptr,  # [F, D], or None
     pieces_ptr,  # [2 * windows, D]

@@ -4,12 +4,12 @@ With w_i = weight[indices[b, i]] and v_i = vals[b, i] of one sample b,
 
     e_b = bias + sum_i v_i w_i - target_b,    loss = sum_b |e_b|^2 / (B D),
 
-and with g_b = grad_out * 2 e_b / (B D) the gradients are
+and with g_b = 2 e_b / (B D), the gradient of the reconstruction, the gradients are
 
-    d weight[f] = sum over pairs (b, i) with indices[b, i] = f of v_i g_b,    d v_i = <w_i, g_b>,
-    d bias = sum_b g_b,    d target_b = -g_b.
+    d weight[f] = grad_out sum over pairs (b, i) with indices[b, i] = f of v_i g_b,    d v_i = grad_out <w_i, g_b>,
+    d bias = grad_out sum_b g_b,    d target_b = -grad_out g_b.
 
-The forward pass keeps e. d weight and d v are sums over the pairs of a feature, see pairs.py.
+The forward pass keeps g. d weight and d v are sums over the pairs of a feature, see pairs.py.
 """
 
 import torch
@@ -55,7 +55,7 @@ _FORWARD_BLOCK_K, _TWO_ROWS_BLOCK_K = 32, 8
 @triton.jit(do_not_specialize=["B", "F", "weight_stride"])
 def _topk_forward_kernel(
     loss_ptr,  # [cdiv(D, BLOCK_D), B], this tile's share of the loss
-    residual_ptr,  # [B, width], e and zeros
+    recon_grad_ptr,  # [B, width], g and zeros
     keys_ptr,  # [B * K], or None
     indices_ptr,  # [B, K]
     weight_ptr,  # [F, D]
@@ -69,7 +69,7 @@ def _topk_forward_kernel(
     F,
     D,
     width,
-    NEEDS_RESIDUAL: tl.constexpr,
+    NEEDS_GRAD: tl.constexpr,
     TWO_ROWS: tl.constexpr,
     ALIGN: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -107,8 +107,9 @@ def _topk_forward_kernel(
 
     if TWO_ROWS:
         residual += tl.sum(recon, axis=0)
-    if NEEDS_RESIDUAL:
-        tl.store(residual_ptr + b * width + cols, residual, mask=cols < width)
+    if NEEDS_GRAD:
+        recon_grad = residual * (tl.full([], 2.0, dtype) / B / D)
+        tl.store(recon_grad_ptr + b * width + cols, recon_grad, mask=cols < width)
     tl.store(loss_ptr + tile * B + b, tl.sum(residual * residual) / B / D)
 
 
@@ -118,11 +119,11 @@ def _topk_forward(
     vals: torch.Tensor,  # [B, K]
     bias: torch.Tensor,  # [D]
     target: torch.Tensor,  # [B, D]
-    needs_residual: bool,
+    needs_grad: bool,
     needs_pairs: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-    """The loss, and what is needed of the residual [B, width] (else an empty tensor) and the OrderedPairs (else none).
-    Columns of the residual from D on are zero."""
+    """The loss, and what is needed of g [B, width] (else an empty tensor) and the OrderedPairs (else none). Columns of
+    g from D on are zero."""
     (B, K), (F, D) = indices.shape, weight.shape
     dtype = compute_dtype(weight, vals, bias, target)
     weight, target = unit_stride_rows(weight), unit_stride_rows(target)
@@ -130,14 +131,14 @@ def _topk_forward(
     block_d = tile_columns(weight, dtype)
     tiles = cdiv(D, block_d)
     loss = torch.empty((tiles, B), dtype=dtype, device=weight.device)
-    width = _residual_width(weight, dtype)
+    width = _row_width(weight, dtype)
     two_rows = weight.dtype == torch.float32 and weight.stride(0) % 4 == 0
-    residual = torch.empty((B, width) if needs_residual else (0,), dtype=dtype, device=weight.device)
+    recon_grad = new_empty(weight, *((B, width) if needs_grad else (0,)), dtype=dtype)
     keys = new_keys(indices, F) if needs_pairs else None
     with device_of(weight):
         _topk_forward_kernel[(B, tiles)](
             loss,
-            residual,
+            recon_grad,
             keys,
             indices,
             weight,
@@ -151,7 +152,7 @@ def _topk_forward(
             F,
             D,
             width,
-            NEEDS_RESIDUAL=needs_residual,
+            NEEDS_GRAD=needs_grad,
             TWO_ROWS=two_rows,
             ALIGN=lane_columns(weight, 2 * block_d if two_rows else block_d),
             BLOCK_K=min(_TWO_ROWS_BLOCK_K if two_rows else _FORWARD_BLOCK_K, next_power_of_2(K)),
@@ -160,17 +161,17 @@ def _topk_forward(
         )
         # The host has time for this while the device computes the loss, more than in the backward pass.
         pairs = list(order_pairs(keys, vals, F, dtype, want_slots=False)) if needs_pairs else []
-    return loss.sum(), residual, pairs
+    return loss.sum(), recon_grad, pairs
 
 
-def _residual_width(weight, dtype):
-    """D, or the next multiple of 16: the backward pass gathers rows of the residual 16 bytes at a time at any D."""
+def _row_width(weight, dtype):
+    """D, or the next multiple of 16: the backward pass gathers rows of g 16 bytes at a time at any D."""
     return cdiv(weight.shape[1], 16) * 16 if tile_columns(weight, dtype) >= 16 else tile_columns(weight, dtype)
 
 
 def _topk_backward(
-    scale: torch.Tensor,  # 0-dim, grad_out * 2 / (B D)
-    residual: torch.Tensor,  # [B, width]
+    grad_out: torch.Tensor,  # 0-dim
+    recon_grad: torch.Tensor,  # [B, width], g
     weight: torch.Tensor,  # [F, D]
     vals: torch.Tensor,  # [B, K]
     bias_dtype: torch.dtype,
@@ -183,7 +184,7 @@ def _topk_backward(
     D = weight.shape[1]
     weight_grad = weight.new_empty(0)
     vals_grad = vals.new_empty(vals.shape if needs_vals else (0,))
-    bias_grad = residual.new_empty(0)
+    bias_grad = recon_grad.new_empty(0)
     with device_of(weight):
         if needs_weight or needs_vals:
             pairs = OrderedPairs(*pairs)
@@ -193,40 +194,40 @@ def _topk_backward(
                 pieces = new_pieces(pairs, D)
             if needs_vals:
                 weight = unit_stride_rows(weight)
-                dots = new_empty(residual, cdiv(D, SUM_BLOCK_D), vals.numel())
-            sum_pairs(pairs, residual, pairs.link, weight, scale, out, pieces, dots)
-            finish(pairs, scale, out, pieces, vals_grad if needs_vals else None, dots)
+                dots = new_empty(recon_grad, cdiv(D, SUM_BLOCK_D), vals.numel())
+            sum_pairs(pairs, recon_grad, pairs.link, weight, grad_out, out, pieces, dots)
+            finish(pairs, grad_out, out, pieces, vals_grad if needs_vals else None, dots)
         if needs_bias:
-            bias_grad = sum_columns(residual, D, scale)
+            bias_grad = sum_columns(recon_grad, D, grad_out)
     return weight_grad, vals_grad, bias_grad.to(bias_dtype)
 
 
 torch.library.define(
     add_op_namespace_prefix("topk_forward"),
-    "(Tensor indices, Tensor weight, Tensor vals, Tensor bias, Tensor target, bool needs_residual, bool needs_pairs)"
+    "(Tensor indices, Tensor weight, Tensor vals, Tensor bias, Tensor target, bool needs_grad, bool needs_pairs)"
     " -> (Tensor, Tensor, Tensor[])",
 )
 torch.library.impl(add_op_namespace_prefix("topk_forward"), "default", _topk_forward)
 
 torch.library.define(
     add_op_namespace_prefix("topk_backward"),
-    "(Tensor scale, Tensor residual, Tensor weight, Tensor vals, ScalarType bias_dtype, Tensor[] pairs,"
+    "(Tensor grad_out, Tensor recon_grad, Tensor weight, Tensor vals, ScalarType bias_dtype, Tensor[] pairs,"
     " bool needs_weight, bool needs_vals, bool needs_bias) -> (Tensor, Tensor, Tensor)",
 )
 torch.library.impl(add_op_namespace_prefix("topk_backward"), "default", _topk_backward)
 
 
 @torch.library.register_fake(add_op_namespace_prefix("topk_forward"))
-def _topk_forward_fake(indices, weight, vals, bias, target, needs_residual, needs_pairs):
+def _topk_forward_fake(indices, weight, vals, bias, target, needs_grad, needs_pairs):
     dtype = compute_dtype(weight, vals, bias, target)
-    shape = (target.shape[0], _residual_width(weight, dtype)) if needs_residual else (0,)
-    residual = weight.new_empty(shape, dtype=dtype)
+    shape = (target.shape[0], _row_width(weight, dtype)) if needs_grad else (0,)
+    recon_grad = weight.new_empty(shape, dtype=dtype)
     pairs = list(order_pairs_fake(indices, weight.shape[0], dtype, want_slots=False)) if needs_pairs else []
-    return residual.new_empty(()), residual, pairs
+    return recon_grad.new_empty(()), recon_grad, pairs
 
 
 @torch.library.register_fake(add_op_namespace_prefix("topk_backward"))
-def _topk_backward_fake(scale, residual, weight, vals, bias_dtype, pairs, needs_weight, needs_vals, needs_bias):
+def _topk_backward_fake(grad_out, recon_grad, weight, vals, bias_dtype, pairs, needs_weight, needs_vals, needs_bias):
     return (
         weight.new_empty(weight.shape if needs_weight else (0,)),
         vals.new_empty(vals.shape if needs_vals else (0,)),
@@ -240,23 +241,21 @@ class TopKSAELoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, indices, weight, vals, bias, target, needs_grad):
         needs_pairs = needs_grad and any(ctx.needs_input_grad[1:3])
-        loss, residual, pairs = ops.topk_forward(indices, weight, vals, bias, target, needs_grad, needs_pairs)
-        ctx.save_for_backward(residual, weight, vals, *pairs)
+        loss, recon_grad, pairs = ops.topk_forward(indices, weight, vals, bias, target, needs_grad, needs_pairs)
+        ctx.save_for_backward(recon_grad, weight, vals, *pairs)
         ctx.bias_dtype, ctx.target_dtype = bias.dtype, target.dtype
         return loss
 
     @staticmethod
     def backward(ctx, grad_out):
         refuse_second_derivative("triton_topk_sae_loss")
-        residual, weight, vals, *pairs = ctx.saved_tensors
+        recon_grad, weight, vals, *pairs = ctx.saved_tensors
         _, *needs, needs_target, _ = ctx.needs_input_grad
-        B, D = residual.shape[0], weight.shape[1]
-        scale = grad_out * (2.0 / (B * D))
         grads = (None,) * 3
         if any(needs):
-            grads = ops.topk_backward(scale, residual, weight, vals, ctx.bias_dtype, pairs, *needs)
+            grads = ops.topk_backward(grad_out, recon_grad, weight, vals, ctx.bias_dtype, pairs, *needs)
             grads = (grad if needed else None for grad, needed in zip(grads, needs))
-        target_grad = (residual[:, :D] * -scale).to(ctx.target_dtype) if needs_target else None
+        target_grad = (recon_grad[:, : weight.shape[1]] * -grad_out).to(ctx.target_dtype) if needs_target else None
         return None, *grads, target_grad, None
 
 
