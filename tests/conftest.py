@@ -44,9 +44,3 @@ def flex(tmp_path_factory):
 def device():
     """Where tensors live: "cuda", or "cpu" under the interpreter."""
     return "cpu" if INTERPRETED else "cuda"
-
-
-@pytest.fixture(scope="session")
-def interpreted():
-    """Whether the kernels run in Triton's interpreter: sizes must be small, bfloat16 is not rounded."""
-    return INTERPRETED

@@ -11,6 +11,7 @@ from support import (
     assert_agree,
     assert_right,
     deterministic_algorithms,
+    laid_out,
     magnitude,
     make_problem,
     needs_cuda,
@@ -18,6 +19,8 @@ from support import (
     triton_loss,
 )
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from triton import knobs
 
 
@@ -57,6 +60,21 @@ def saved_bytes(loss, problem):
     return sum(t.nbytes for t in kept if t.data_ptr() not in inputs)
 
 
+class OutputsOfOps(TorchDispatchMode):
+    """Collects the tensors that the package's ops return."""
+
+    def __init__(self, flex):
+        super().__init__()
+        self.namespace = flex._ops._OPS_NAME
+        self.tensors = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        outputs = func(*args, **(kwargs or {}))
+        if func.namespace == self.namespace:
+            self.tensors += tree_leaves(outputs)
+        return outputs
+
+
 @pytest.mark.parametrize("kind", LOSSES)
 @pytest.mark.parametrize("deterministic", [False, True], ids=["default", "deterministic"])
 @pytest.mark.parametrize("names", [("weight",), ("vals",), ("bias", "target")], ids="+".join)
@@ -87,15 +105,21 @@ def test_deterministic_mode_may_change_between_forward_and_backward(flex, device
 
 @pytest.mark.parametrize("kind", LOSSES)
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=lambda mode: mode.__name__)
-def test_without_gradients_nothing_is_kept(flex, device, kind, mode):
+def test_without_gradients_the_forward_pass_makes_nothing_but_the_loss(flex, device, kind, mode):
     problem = make_problem(4, 3, 9, 33, device=device)
+
+    def made():
+        with OutputsOfOps(flex) as outputs:
+            loss = triton_loss(flex, kind)(*problem)
+        assert loss.requires_grad == (sum(tensor.numel() for tensor in outputs.tensors) > 1)
+        return loss
+
+    assert not made().requires_grad
     problem.weight.requires_grad_()
+    assert made().requires_grad
     with mode():
-        assert saved_bytes(triton_loss(flex, kind), problem) == 0
-        loss = triton_loss(flex, kind)(*problem)
-    assert not loss.requires_grad
-    problem.weight.requires_grad_(False)
-    assert saved_bytes(triton_loss(flex, kind), problem) == 0
+        loss = made()
+        assert not loss.requires_grad
     assert_right(kind, problem, run(triton_loss(flex, kind), problem)._replace(loss=loss))
 
 
@@ -111,6 +135,60 @@ def test_without_gradients_no_state_is_written(flex, kind):
         before = torch.cuda.memory_allocated()
         triton_loss(flex, kind)(*problem)
         assert torch.cuda.max_memory_allocated() - before < problem.target.nbytes / 2
+
+
+@needs_cuda
+@pytest.mark.parametrize("layout", ["contiguous", "padded"])
+@pytest.mark.parametrize(
+    "kind, dtype, deterministic",
+    [
+        ("topk", torch.float32, False),
+        ("topk", torch.bfloat16, False),
+        ("hierarchical", torch.float32, False),
+        ("hierarchical", torch.float32, True),
+        ("hierarchical", torch.bfloat16, False),
+    ],
+)
+def test_a_training_step_takes_no_more_memory_than_readme_says(flex, kind, dtype, deterministic, layout):
+    B, K, F, D = 512, 32, 65536, 1024
+    promised = 4 * B * D + 4 * 4096 * D + 20 * B * K + 8 * F
+    if kind == "topk":
+        promised += 4 * B * K * D // 512
+    elif deterministic or dtype != torch.float32:
+        promised += B * max(32768, 256 * K)
+    problem = make_problem(B, K, F, D, device="cuda", dtypes=dtype)
+    assert promised < problem.weight.nbytes / 2  # it would show if weight was copied
+    leaves = [laid_out(problem.weight, layout), problem.vals, problem.bias]
+    for leaf in leaves:
+        leaf.requires_grad_()
+
+    def step():
+        return torch.autograd.grad(triton_loss(flex, kind)(problem.indices, *leaves, problem.target), leaves)
+
+    with deterministic_algorithms(deterministic):
+        step()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        gradients = step()
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before
+    assert peak - sum(gradient.nbytes for gradient in gradients) <= promised
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_function_transforms_and_forward_mode_are_refused(flex, device, kind):
+    indices, weight, *others = make_problem(4, 3, 9, 33, device=device)
+
+    def loss(weight):
+        return triton_loss(flex, kind)(indices, weight, *others)
+
+    with pytest.raises(RuntimeError, match="functorch transforms"):
+        torch.func.grad(loss)(weight)
+    with pytest.raises(RuntimeError, match="functorch transforms"):
+        torch.func.vmap(loss)(weight.expand(2, -1, -1))
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
+        loss(torch.autograd.forward_ad.make_dual(weight, torch.ones_like(weight)))
 
 
 def op_arguments(flex, device):
@@ -213,27 +291,30 @@ def test_other_batch_sizes_and_dictionaries_do_not_recompile_kernels(flex, monke
         assert not compiled, f"a grad_out that is not aligned compiled {compiled}"
 
 
-def assert_bitwise_repeatable(loss, problem):
-    first = run(loss, problem)
-    for _ in range(3):
-        for name, value, again in zip(Result._fields, first, run(loss, problem), strict=True):
-            assert torch.equal(value, again), f"{name} differs between two runs"
-
-
 # On a GPU large enough that atomics would come in another order every time.
 REPEATABLE = (4, 20, 5, 33) if INTERPRETED else (4096, 32, 5000, 768)
 
 
 @pytest.mark.parametrize("pattern", ["uniform", "one_hot_feature"])
-def test_topk_is_bitwise_repeatable(flex, device, pattern):
-    assert_bitwise_repeatable(flex.triton_topk_sae_loss, make_problem(*REPEATABLE, device=device, pattern=pattern))
-
-
-@pytest.mark.parametrize("pattern", ["uniform", "one_hot_feature"])
-def test_hierarchical_is_bitwise_repeatable_where_torch_is_told_to_be(flex, device, pattern):
-    problem = make_problem(*REPEATABLE, device=device, pattern=pattern)
-    with deterministic_algorithms():
-        assert_bitwise_repeatable(flex.triton_hierarchical_sae_loss, problem)
+@pytest.mark.parametrize(
+    "kind, dtype, deterministic, names",
+    [
+        ("topk", torch.float32, False, Result._fields),
+        ("topk", torch.bfloat16, False, Result._fields),
+        ("hierarchical", torch.float32, True, Result._fields),
+        ("hierarchical", torch.bfloat16, True, Result._fields),
+        ("hierarchical", torch.float32, False, ("loss", "bias", "target")),
+        ("hierarchical", torch.bfloat16, False, ("loss", "weight", "bias", "target")),
+        ("hierarchical", torch.float16, False, ("loss", "weight", "bias", "target")),
+    ],
+)
+def test_results_are_the_same_bits_wherever_readme_says_so(flex, device, kind, dtype, deterministic, names, pattern):
+    problem = make_problem(*REPEATABLE, device=device, pattern=pattern, dtypes=dtype)
+    with deterministic_algorithms(deterministic):
+        first, *others = [run(triton_loss(flex, kind), problem) for _ in range(4)]
+    for name in names:
+        for again in others:
+            assert torch.equal(getattr(first, name), getattr(again, name)), f"{name} differs between two runs"
 
 
 @pytest.mark.parametrize("kind", LOSSES)

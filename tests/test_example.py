@@ -8,6 +8,7 @@ from pathlib import Path
 
 import build_local
 import pytest
+from support import INTERPRETED
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ("-B", "5", "-K", "3", "-F", "11", "-D", "7", "--iters", "2")
@@ -19,16 +20,16 @@ def run_example(*options: str, script: Path = ROOT / "example.py", **env: str) -
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
-def test_every_loss_and_gradient_is_within_its_bound(dtype, interpreted):
-    if dtype == "bfloat16" and interpreted:
+def test_every_loss_and_gradient_is_within_its_bound(dtype):
+    if dtype == "bfloat16" and INTERPRETED:
         pytest.skip("the interpreter truncates to bfloat16")
     ran = run_example(*SMALL, "--dtype", dtype)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert ran.stdout.count(" ok\n") == 2 * (1 + len(GRADIENTS))
     assert all(ran.stdout.count(f"{name} ") == 2 for name in GRADIENTS)
     assert ran.stdout.endswith("all within bounds\n")
-    assert ("interpreter" in ran.stdout) == interpreted
-    assert ("speed-up" in ran.stdout) != interpreted
+    assert ("interpreter" in ran.stdout) == INTERPRETED
+    assert ("speed-up" in ran.stdout) != INTERPRETED
 
 
 def test_without_a_checkout_it_loads_through_the_hub_and_finds_a_mismatch(tmp_path):
@@ -60,8 +61,8 @@ def test_bad_options_get_a_sentence(options, message):
     assert "Traceback" not in ran.stderr
 
 
-def test_bfloat16_is_refused_where_it_would_be_truncated(interpreted):
-    if not interpreted:
+def test_bfloat16_is_refused_where_it_would_be_truncated():
+    if not INTERPRETED:
         pytest.skip("a GPU rounds")
     ran = run_example("--dtype", "bfloat16")
     assert ran.returncode == 2

@@ -3,6 +3,7 @@
 import ast
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -42,6 +43,10 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def ids(variants: list[Path]) -> list[str]:
     return [Metadata.read_from_file(variant / "metadata.json").id for variant in variants]
+
+
+# An environment in which torch sees no GPU and nobody asks for the interpreter
+PLAIN_CPU = {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"}
 
 
 def run_python(code: str, **env: str) -> str:
@@ -204,8 +209,7 @@ def test_importing_needs_no_gpu_and_no_driver(checkout):
         assert get_local_kernel(Path({str(checkout)!r})).triton_topk_sae_loss
         assert not torch.cuda.is_initialized()
         """,
-        CUDA_VISIBLE_DEVICES="",
-        TRITON_INTERPRET="0",
+        **PLAIN_CPU,
     )
 
 
@@ -246,10 +250,28 @@ def python_blocks(markdown: str) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", markdown, re.MULTILINE | re.DOTALL)
 
 
+@pytest.mark.parametrize("where", [{}, PLAIN_CPU], ids=["here", "plain CPU"])
 @pytest.mark.parametrize("block", python_blocks((ROOT / "README.md").read_text()))
-def test_the_readme_runs_as_written(flex, block):
-    run_python(block)  # with the LOCAL_KERNELS that `flex` has set
+def test_the_readme_runs_as_written(flex, block, where):
+    run_python(block, **where)  # with the LOCAL_KERNELS that `flex` has set
 
 
 def test_the_readme_shows_python():
     assert python_blocks((ROOT / "README.md").read_text())
+
+
+def test_the_tables_of_readme_are_those_of_the_results(tmp_path):
+    readme = shutil.copy(ROOT / "README.md", tmp_path)
+    subprocess.run([sys.executable, ROOT / "benchmarks/table.py", "--readme", readme], check=True)
+    assert Path(readme).read_text() == (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["TopKBenchmark", "HierarchicalBenchmark"])
+def test_the_benchmark_of_the_hub_verifies(flex, name):
+    # As `kernels benchmark` does, with its tolerance; on a CPU, where sizes are small.
+    benchmark = runpy.run_path(ROOT / "benchmarks/benchmark.py")[name]()
+    benchmark.kernel, benchmark.device = flex, "cpu"
+    benchmark.setup()
+    for workload in ("loss", "step"):
+        getattr(benchmark, f"benchmark_{workload}")()
+        assert torch.allclose(benchmark.out, getattr(benchmark, f"verify_{workload}")(), atol=1e-2)

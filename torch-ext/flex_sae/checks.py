@@ -10,8 +10,9 @@ import torch
 # triton.jit decides at import whether kernels are interpreted, so this is decided at import too.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-# A launch takes at most 65535 tiles of columns, each of 32 or more.
-_MAX_D = 2**20
+# A launch takes fewer than 2**31 programs in its first dimension, which are samples, or features and up to 2**12 pieces
+# of heavy ones, and at most 65535 in the second, tiles of 32 columns or more.
+_MAX_F, _MAX_D = 2**31 - 2**13, 2**20
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -46,8 +47,10 @@ def check_inputs(
     F, D = weight.shape
     if F == 0 or D == 0:
         raise ValueError(f"weight must have shape [F, D] with F >= 1 and D >= 1, got {(F, D)}")
-    if F >= 2**31 or D > _MAX_D:
-        raise ValueError(f"weight must have shape [F, D] with F < 2**31 and D <= 2**20, got {(F, D)}")
+    if F > _MAX_F or D > _MAX_D:
+        raise ValueError(f"weight must have shape [F, D] with F <= 2**31 - 2**13 and D <= 2**20, got {(F, D)}")
+    if B >= 2**31:
+        raise ValueError(f"indices must have shape [B, K] with B < 2**31, got {(B, K)}")
     for name, dims, shape in (("vals", "[B, K]", (B, K)), ("bias", "[D]", (D,)), ("target", "[B, D]", (B, D))):
         if tensors[name].shape != shape:
             raise ValueError(f"{name} must have shape {dims} = {shape}, got {tuple(tensors[name].shape)}")
@@ -68,8 +71,8 @@ def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
 
 
 def runs_triton(indices: torch.Tensor) -> bool:
-    """Whether a problem goes to the kernels: on a device of Triton's or in its interpreter, and with something to
-    launch (B and K not 0). The torch reference answers the others."""
+    """Whether a problem goes to the kernels: on a device that Triton compiles for or in its interpreter, and with
+    something to launch (B and K not 0). The torch reference answers the others."""
     return (INTERPRETED or indices.is_cuda or indices.is_xpu) and indices.numel() > 0
 
 

@@ -20,9 +20,9 @@ import triton.language as tl
 
 from .checks import cdiv, next_power_of_2
 
-# A feature has a copy for every so many pairs, their number rounded down to a power of two; one would be none. On an
-# H200 with Zipf(1) indices (B=4096, F=65536, D=2304) a step at K=32 takes 0.90, 0.94, 1.03 ms with 128, 256, 512, and
-# 1.35 without copies.
+# A feature has a copy for every so many of its pairs, but always a power of two of them, and not just one. On an H200
+# with Zipf(1) indices (B=4096, F=65536, D=2304) a step at K=32 takes 0.90, 0.94, 1.03 ms with 128, 256, 512, and 1.35
+# without copies.
 _COPY_PAIRS = 128
 # Copies at most, so that they take at most [_MAX_COPIES, D] whatever B and K are. At K=128 it takes 3.00, 2.75, 2.61
 # ms with 512, 1024, 2048, and 3.18 without.

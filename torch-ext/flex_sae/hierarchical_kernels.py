@@ -139,7 +139,8 @@ def _hierarchical_forward_kernel(
 
     if NEEDS_SUFFIX:
         tl.store(suffix_ptr + b * D + cols, suffix, mask=in_row)
-    tl.store(loss_ptr + tile * B + b, tl.sum(squares) / B / K / D)
+    squares = tl.where(in_row, squares, 0.0)  # where an infinite val has made zeros NaN
+    tl.store(loss_ptr + tile * B + b, tl.sum(squares) / (tl.full([], 1.0, dtype) * B * K * D))
 
 
 @triton.jit(do_not_specialize=["B", "F", "weight_stride", "scratch_stride", "first_tile"])
@@ -550,7 +551,7 @@ def triton_hierarchical_sae_loss(
 
     weight, vals, bias and target are float16, bfloat16, float32 or float64 in any mixture. Sums are float32, or float64
     if any of the four is, and are rounded once, where they are stored. Where weight is bfloat16 and sums are float32,
-    the S_i in its gradient are rounded to 11 bits before, three more than the gradient keeps (to fewer below 1e-8 of
+    the S_i in its gradient are rounded to 11 bits before, three more than the gradient keeps (to fewer below 2e-9 of
     the largest that the sample can have).
 
     Returns:
@@ -562,7 +563,7 @@ def triton_hierarchical_sae_loss(
 
     Raises:
         TypeError: an argument is no tensor or has another dtype.
-        ValueError: shapes or devices do not fit together, or F >= 2**31, or D > 2**20.
+        ValueError: shapes or devices do not fit together, or B >= 2**31, F > 2**31 - 2**13 or D > 2**20.
     """
     check_inputs(indices, weight, vals, bias, target)
     if not runs_triton(indices):

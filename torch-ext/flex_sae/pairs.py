@@ -5,8 +5,8 @@ The gradient of a feature is a sum over the pairs that chose it,
     out[f] = scale * sum over pairs p with feature f of coefs[p] * rows[p].
 
 With the pairs ordered by feature, each row of ``out`` is one segment of the order: it is summed in registers in a fixed
-order and written once. No float atomics, the same bits every run, and zeros are only filled in before where most
-features have no pair.
+order and written once. No float atomics, the same bits every run; zeros are written first only where most features have
+no pair. The same pass can take the dot products <weight[f], rows[p]> of the gradient of vals.
 
 Dictionaries are skewed: one feature may hold a large part of all pairs. A feature of more than ``window`` pairs is
 therefore cut at every multiple of ``window`` in the order. Each piece has a program of its own, and a second kernel
@@ -24,7 +24,8 @@ from .checks import cdiv, new_empty, next_power_of_2
 # Columns of a program of the feature sum, one warp. Swept over 256, 512 and 1024 on an H200 (B=4096, F=65536, D=2304):
 # 0.40, 0.37, 0.43 ms at K=32 and 0.73, 0.66, 0.72 ms at K=128.
 SUM_BLOCK_D = 512
-# The longest program adds this many pairs. Flat from 128 to 512 on an H200, for uniform and Zipf(1) indices.
+# The longest program adds this many pairs, more where the windows would be too many. Flat from 128 to 512 on an H200,
+# for uniform and Zipf(1) indices.
 _MIN_WINDOW = 256
 # Windows at most, so that the pieces take at most [2 * _MAX_WINDOWS, D] whatever B and K are.
 _MAX_WINDOWS = 2048
@@ -88,7 +89,7 @@ def store_keys(
 
 @triton.jit
 def _load_feature(keys_ptr, p, exists):
-    """The feature of pair p in the order, of which its key is the number within the range of the key's dtype."""
+    """The feature of pair p in the order: its key, to which int16 adds 2**15."""
     key = tl.load(keys_ptr + p, mask=exists, other=0).to(tl.int32)
     return key + 2**15 if keys_ptr.dtype.element_ty == tl.int16 else key
 
@@ -177,7 +178,7 @@ def _sum_pairs_kernel(
     weight_ptr,  # [F, D]
     scale_ptr,  # 0-dim
     weight_stride,
-    width,  # of rows: with a multiple of 16 they are aligned, where D is none too
+    width,  # of rows: a multiple of 16 keeps them aligned even where D is none
     D,
     P,
     window,
@@ -307,7 +308,7 @@ def _finish_kernel(
 class OrderedPairs(NamedTuple):
     """The P = B * K pairs ordered by feature, those of one feature by their place in ``indices.flatten()``."""
 
-    keys: torch.Tensor  # [P] int16 or int32, ascending: the features, from the lowest number of the dtype or from 0
+    keys: torch.Tensor  # [P] int16 or int32, ascending: the features, less 2**15 in int16
     order: torch.Tensor  # [P] int64, places in indices.flatten()
     segments: torch.Tensor  # [F, 2], where the pairs of each feature start and end; zeros if it has none
     coefs: torch.Tensor  # [P], vals in this order, times the unit of their sample

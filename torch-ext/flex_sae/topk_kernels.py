@@ -9,7 +9,8 @@ and with g_b = 2 e_b / (B D), the gradient of the reconstruction, the gradients 
     d weight[f] = grad_out sum over pairs (b, i) with indices[b, i] = f of v_i g_b,    d v_i = grad_out <w_i, g_b>,
     d bias = grad_out sum_b g_b,    d target_b = -grad_out g_b.
 
-The forward pass keeps g. d weight and d v are sums over the pairs of a feature, see pairs.py.
+The forward pass keeps g. d weight is a sum over the pairs of a feature; on the way through them come the dot products
+of d v, see pairs.py.
 """
 
 import torch
@@ -107,6 +108,7 @@ def _topk_forward_kernel(
 
     if TWO_ROWS:
         residual += tl.sum(recon, axis=0)
+    residual = tl.where(in_row, residual, 0.0)  # where an infinite val has made zeros NaN
     if NEEDS_GRAD:
         recon_grad = residual * (tl.full([], 2.0, dtype) / B / D)
         tl.store(recon_grad_ptr + b * width + cols, recon_grad, mask=cols < width)
@@ -130,14 +132,14 @@ def _topk_forward(
     indices, vals = indices.contiguous(), vals.contiguous()
     block_d = tile_columns(weight, dtype)
     tiles = cdiv(D, block_d)
-    loss = torch.empty((tiles, B), dtype=dtype, device=weight.device)
+    shares = torch.empty((tiles, B), dtype=dtype, device=weight.device)
     width = _row_width(weight, dtype)
     two_rows = weight.dtype == torch.float32 and weight.stride(0) % 4 == 0
     recon_grad = new_empty(weight, *((B, width) if needs_grad else (0,)), dtype=dtype)
     keys = new_keys(indices, F) if needs_pairs else None
     with device_of(weight):
         _topk_forward_kernel[(B, tiles)](
-            loss,
+            shares,
             recon_grad,
             keys,
             indices,
@@ -161,11 +163,12 @@ def _topk_forward(
         )
         # The host has time for this while the device computes the loss, more than in the backward pass.
         pairs = list(order_pairs(keys, vals, F, dtype, want_slots=False)) if needs_pairs else []
-    return loss.sum(), recon_grad, pairs
+    return shares.sum(), recon_grad, pairs
 
 
 def _row_width(weight, dtype):
-    """D, or the next multiple of 16: the backward pass gathers rows of g 16 bytes at a time at any D."""
+    """D, rounded up to a multiple of 16, or to a power of two below that: the backward pass gathers rows of g 16 bytes
+    at a time at any D."""
     return cdiv(weight.shape[1], 16) * 16 if tile_columns(weight, dtype) >= 16 else tile_columns(weight, dtype)
 
 
@@ -182,24 +185,26 @@ def _topk_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of weight [F, D], vals [B, K] and bias [D], an empty tensor for one that is not needed."""
     D = weight.shape[1]
-    weight_grad = weight.new_empty(0)
-    vals_grad = vals.new_empty(vals.shape if needs_vals else (0,))
-    bias_grad = recon_grad.new_empty(0)
+    weight_grad = vals_grad = bias_grad = None
     with device_of(weight):
         if needs_weight or needs_vals:
             pairs = OrderedPairs(*pairs)
-            out = pieces = dots = None
+            pieces = dots = None
             if needs_weight:
-                out = weight_grad = new_sums(pairs, weight)
-                pieces = new_pieces(pairs, D)
+                weight_grad, pieces = new_sums(pairs, weight), new_pieces(pairs, D)
             if needs_vals:
+                vals_grad = vals.new_empty(vals.shape)
                 weight = unit_stride_rows(weight)
                 dots = new_empty(recon_grad, cdiv(D, SUM_BLOCK_D), vals.numel())
-            sum_pairs(pairs, recon_grad, pairs.link, weight, grad_out, out, pieces, dots)
-            finish(pairs, grad_out, out, pieces, vals_grad if needs_vals else None, dots)
+            sum_pairs(pairs, recon_grad, pairs.link, weight, grad_out, weight_grad, pieces, dots)
+            finish(pairs, grad_out, weight_grad, pieces, vals_grad, dots)
         if needs_bias:
-            bias_grad = sum_columns(recon_grad, D, grad_out)
-    return weight_grad, vals_grad, bias_grad.to(bias_dtype)
+            bias_grad = sum_columns(recon_grad, D, grad_out).to(bias_dtype)
+    return (
+        weight_grad if needs_weight else weight.new_empty(0),
+        vals_grad if needs_vals else vals.new_empty(0),
+        bias_grad if needs_bias else weight.new_empty(0, dtype=bias_dtype),
+    )
 
 
 torch.library.define(
@@ -291,7 +296,7 @@ def triton_topk_sae_loss(
 
     Raises:
         TypeError: an argument is no tensor or has another dtype.
-        ValueError: shapes or devices do not fit together, or F >= 2**31, or D > 2**20.
+        ValueError: shapes or devices do not fit together, or B >= 2**31, F > 2**31 - 2**13 or D > 2**20.
     """
     check_inputs(indices, weight, vals, bias, target)
     if not runs_triton(indices):
