@@ -7,8 +7,9 @@
     python benchmarks/run.py --suite targets --json benchmarks/results/targets.json [--baseline NAME=PATH]
 
 Every row is compared with float64 before it is timed, and what is wrong is not timed. Rows take turns, on inputs that
-rotate and behind an emptied L2 cache, and the figure is the median of CUDA events. benchmarks/table.py and
-benchmarks/plot.py read the results.
+rotate and behind an emptied L2 cache. The figure is the median of CUDA events, with the host a few milliseconds ahead
+of the device, as it is in training behind the encoder; what the host takes to launch a step is recorded beside it.
+benchmarks/table.py and benchmarks/plot.py read the results.
 """
 
 import argparse
@@ -48,7 +49,9 @@ BOUNDS = {"float32": 2e-5, "bfloat16": 1e-2}
 SETS = 3
 # A row is sampled for about this long, so that a slow one gets few samples and the suite stays short.
 SAMPLING_MS = 150
-SAMPLES = (3, 100)
+SAMPLES = (3, 50)
+# The device spins for so many cycles before a timed step, 4 ms at 2 GHz: longer than the host takes to launch one.
+HEAD_START = 2**23
 
 # Bytes that a method must move, by loss and mode: e is the element size, R = min(F, B K) bounds the rows of weight in
 # use. And the floor that the ceilings of the same run set for it, each pass hiding all but its slowest part: gather and
@@ -90,7 +93,7 @@ class Case:
     step           loss and backward
     deterministic  step under torch.use_deterministic_algorithms(True)
     adam           step and torch.optim.Adam over weight and bias
-    wall           step as the host sees it: many in a row, then one synchronisation
+    wall           step as the user sees it: many in a row, then one synchronisation
     one thread     wall under torch.autograd.set_multithreading_enabled(False)
     graph          the replay of a captured step: what the device takes, whatever the host takes to launch it
     deterministic graph
@@ -344,11 +347,12 @@ def implementations(case: Case, package, baselines: dict) -> dict:
 # Measuring
 
 
-def sample(steps: dict, prepare) -> dict[str, list[float]]:
-    """Milliseconds of every step, which has run before, taking turns; step(i) is on set i, prepare() is not timed."""
+def sample(steps: dict, prepare) -> dict[str, dict[str, list[float]]]:
+    """Milliseconds that every step takes the device and the host, "ms" and "host_ms" by its name. Steps, which have run
+    before, take turns; step(i) is on set i, prepare() is not timed."""
     # Reading four times the L2 empties it and leaves no dirty lines for the step to write back.
     flush = torch.zeros(torch.cuda.get_device_properties(DEVICE).L2_cache_size, device=DEVICE)
-    rounds, events = {}, {name: [] for name in steps}
+    rounds, taken = {}, {name: [] for name in steps}
     for name, step in steps.items():
         prepare()
         torch.cuda.synchronize()
@@ -360,19 +364,30 @@ def sample(steps: dict, prepare) -> dict[str, list[float]]:
         for name, step in steps.items():
             if i < rounds[name]:
                 prepare()
+                torch.cuda.synchronize()
                 flush.sum()
+                torch.cuda._sleep(HEAD_START)
                 start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 start.record()
+                begin = time.perf_counter()
                 step(i % SETS)
+                host_ms = (time.perf_counter() - begin) * 1e3
                 end.record()
-                events[name].append((start, end))
+                taken[name].append((start, end, host_ms))
     torch.cuda.synchronize()
-    return {name: [start.elapsed_time(end) for start, end in pairs] for name, pairs in events.items()}
+    return {
+        name: {
+            "ms": [start.elapsed_time(end) for start, end, _ in samples],
+            "host_ms": [host_ms for *_, host_ms in samples],
+        }
+        for name, samples in taken.items()
+    }
 
 
-def sample_wall(steps: dict, prepare) -> dict[str, list[float]]:
-    """Milliseconds of a step on the host's clock, by name: 15 batches of 20 steps, taking turns."""
-    times = {name: [] for name in steps}
+def sample_wall(steps: dict, prepare) -> dict[str, dict[str, list[float]]]:
+    """Milliseconds of a step until both host and device are done, "ms" by its name: 15 batches of 20 steps, taking
+    turns."""
+    times = {name: {"ms": []} for name in steps}
     for batch in range(16):
         for name, step in steps.items():
             torch.cuda.synchronize()
@@ -382,7 +397,7 @@ def sample_wall(steps: dict, prepare) -> dict[str, list[float]]:
                 step(i % SETS)
             torch.cuda.synchronize()
             if batch > 0:  # the first is warm-up
-                times[name].append((time.perf_counter() - begin) * 1e3 / 20)
+                times[name]["ms"].append((time.perf_counter() - begin) * 1e3 / 20)
     return times
 
 
@@ -454,7 +469,7 @@ def measure_ceilings(inputs: Inputs) -> dict[str, float]:
     steps = {"gather": gather, "atomic": atomic, "copy": lambda i: copied.copy_(source)}
     for step in steps.values():
         step(0)  # compiles
-    times = {name: statistics.median(ms) for name, ms in sample(steps, prepare=lambda: None).items()}
+    times = {name: statistics.median(took["ms"]) for name, took in sample(steps, prepare=lambda: None).items()}
     return {**times, "copy": 2 * source.nbytes / times["copy"]}
 
 
@@ -548,10 +563,10 @@ def run_case(case: Case, inputs: Inputs, functions: dict, want: dict, ceilings: 
     torch.use_deterministic_algorithms(False)
 
     for row, times in timed.items():
-        lower, median, upper = statistics.quantiles(times, n=4)
-        records[row].update(
-            ms=median, ms_quartiles=[lower, upper], samples=len(times), **traffic(case, ceilings, median)
-        )
+        for what, values in times.items():
+            lower, median, upper = statistics.quantiles(values, n=4)
+            records[row].update({what: median, f"{what}_quartiles": [lower, upper]})
+        records[row].update(samples=len(times["ms"]), **traffic(case, ceilings, records[row]["ms"]))
     return list(records.values())
 
 
@@ -581,6 +596,8 @@ def describe(record: dict) -> str:
     if record["status"] != "ok":
         return f"{line} {record['status']} {record.get('detail', '')}"
     line += f" {record['ms']:8.3f} ms"
+    if "host_ms" in record:
+        line += f" {record['host_ms']:8.3f} ms of the host"
     if "beyond_gradients_mib" in record:
         line += f" {record['beyond_gradients_mib']:8.0f} MiB"
     if "fraction" in record:
