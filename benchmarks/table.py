@@ -76,7 +76,7 @@ def training(records: list[dict]) -> list[list[str]]:
 
 
 def targets(records: list[dict]) -> list[list[str]]:
-    """The package alone: time, fraction of the ceiling, peak memory beyond inputs and gradients."""
+    """The package alone: time, fraction of the ceiling, the host's time, peak memory beyond inputs and gradients."""
     columns = {"loss": loss_of, "what": mode_of} | {
         heading: lambda r, key=key: r[key]
         for heading, key in (("dtype", "dtype"), ("indices", "distribution"), ("B", "B"))
@@ -86,7 +86,7 @@ def targets(records: list[dict]) -> list[list[str]]:
         if "ms" not in record:
             return record["status"]
         memory = f", {record['beyond_gradients_mib']:.0f} MiB" if "beyond_gradients_mib" in record else ""
-        return f"{time_of(record)}, {record['fraction']:.0%}{memory}"
+        return f"{time_of(record)}, {record['fraction']:.0%}, host {record['host_ms']:.2f} ms{memory}"
 
     return per_k([record for record in records if record["row"] == "flex_sae"], columns, cell)
 
@@ -106,8 +106,9 @@ def peers(records: list[dict]) -> list[list[str]]:
 
 
 def scaling(records: list[dict]) -> list[list[str]]:
-    """One axis at a time: time, eager and as a CUDA graph, and the graph's time a byte moved relative to the best."""
-    whats = ("", ", graph", ", a byte")
+    """One axis at a time: time, eager, of the host and as a CUDA graph, and the graph's a byte moved relative to the
+    best."""
+    whats = ("", ", host", ", graph", ", a byte")
     table = [["", *(f"{loss}{what}" for loss in LOSSES.values() for what in whats), "TopK, dense"]]
     base, costs, failed = records[0], relative_cost(records), {"status": "failed"}
     eager = [r for r in records if (r["row"], r["mode"]) == ("flex_sae", "step")]
@@ -120,7 +121,8 @@ def scaling(records: list[dict]) -> list[list[str]]:
                     next((r for r in along(axis, chosen, base) if (r["loss"], r[axis]) == (loss, size)), failed)
                     for chosen in (eager, costs)
                 )
-                line += [time_of(step), time_of(replay), f"{replay['cost']:.2f}x" if "cost" in replay else ""]
+                host = f"{step['host_ms']:.2f} ms" if "host_ms" in step else ""
+                line += [time_of(step), host, time_of(replay), f"{replay['cost']:.2f}x" if "cost" in replay else ""]
             table.append([*line, time_of(dense[size]) if size in dense else ""])
     return table
 
