@@ -50,7 +50,8 @@ SETS = 3
 # A row is sampled for about this long, so that a slow one gets few samples and the suite stays short.
 SAMPLING_MS = 150
 SAMPLES = (3, 50)
-# The device spins for so many cycles before a timed step, 4 ms at 2 GHz: longer than the host takes to launch one.
+# The device spins for so many cycles before a step, 4 ms at 2 GHz, so that it never waits for the host: most steps are
+# launched in less, and the launches of the longest come faster than the device works them off.
 HEAD_START = 2**23
 
 # Bytes that a method must move, by loss and mode: e is the element size, R = min(F, B K) bounds the rows of weight in

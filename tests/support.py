@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from triton import knobs
 
 LOSSES = ("topk", "hierarchical")
 PATTERNS = ("uniform", "all_same", "duplicates", "one_hot_feature", "sorted")
@@ -126,6 +127,13 @@ def deterministic_algorithms(enabled=True):
 
 def submodule(flex, name):
     return sys.modules[f"{flex.__name__}.{name}"]
+
+
+def record_compilations(monkeypatch):
+    """A list that gets the name of every kernel that is compiled from now on."""
+    compiled = []
+    monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", lambda *, fn, **_: compiled.append(fn.name))
+    return compiled
 
 
 def triton_loss(flex, kind):

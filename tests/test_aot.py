@@ -46,7 +46,6 @@ def test_every_kernel_compiles_without_a_gpu(compiled, target):
         "_topk_forward_kernel",
         "_hierarchical_forward_kernel",
         "_hierarchical_backward_kernel",
-        "_merge_order_kernel",
         "_gather_pairs_kernel",
         "_sum_pairs_kernel",
         "_finish_kernel",
@@ -129,14 +128,5 @@ def test_only_the_atomic_hierarchical_gradient_adds_floats_atomically(compiled, 
 
 
 def test_other_batch_sizes_and_dictionaries_compile_no_kernel_again(compiled):
-    sizes = {(kernel["B"], kernel["F"]) for kernel in compiled}
-    assert sizes == {(64, 256), (64, 2**17)}
-    # Those that write or read the keys of the sort
-    assert {kernel["kernel"] for kernel in of(compiled, F=2**17)} == {
-        "_topk_forward_kernel",
-        "_hierarchical_forward_kernel",
-        "_merge_order_kernel",
-        "_gather_pairs_kernel",
-        "_sum_pairs_kernel",
-        "_finish_kernel",
-    }
+    again = [(kernel["kernel"], kernel["B"], kernel["F"]) for kernel in compiled if not kernel["first"]]
+    assert not again

@@ -15,13 +15,13 @@ from support import (
     magnitude,
     make_problem,
     needs_cuda,
+    record_compilations,
     run,
     triton_loss,
 )
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from triton import knobs
 
 
 @pytest.mark.kernels_ci
@@ -271,18 +271,12 @@ def test_a_second_derivative_is_refused_when_compiled(flex, device, kind, fresh_
 @pytest.mark.parametrize("kind", LOSSES)
 @pytest.mark.parametrize("deterministic", [False, True], ids=["default", "deterministic"])
 def test_other_batch_sizes_and_dictionaries_do_not_recompile_kernels(flex, monkeypatch, kind, deterministic):
-    compiled = []
-
-    def hook(*, fn, **_):
-        compiled.append(fn.name)
-
     def run_one(B, F, grad_out=None):
         run(triton_loss(flex, kind), make_problem(B, 20, F, 320, device="cuda"), grad_out)
 
     with deterministic_algorithms(deterministic):
         run_one(64, 4096)
-        run_one(64, 2**17)  # features of more than 16 bits
-        monkeypatch.setattr(knobs.runtime, "jit_post_compile_hook", hook)
+        compiled = record_compilations(monkeypatch)
         for B, F in ((64, 4096), (63, 4096), (1, 4096), (16, 4096), (64, 4095), (640, 1), (1000, 70001), (5000, 9)):
             run_one(B, F)
             assert not compiled, f"B={B} F={F} compiled {compiled}"

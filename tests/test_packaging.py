@@ -267,10 +267,10 @@ def test_the_tables_of_readme_are_those_of_the_results(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["TopKBenchmark", "HierarchicalBenchmark"])
-def test_the_benchmark_of_the_hub_verifies(flex, name):
-    # As `kernels benchmark` does, with its tolerance; on a CPU, where sizes are small.
+def test_the_benchmark_of_the_hub_verifies(flex, device, name):
+    # As `kernels benchmark` does, with its tolerance
     benchmark = runpy.run_path(ROOT / "benchmarks/benchmark.py")[name]()
-    benchmark.kernel, benchmark.device = flex, "cpu"
+    benchmark.kernel, benchmark.device = flex, device
     benchmark.setup()
     for workload in ("loss", "step"):
         getattr(benchmark, f"benchmark_{workload}")()

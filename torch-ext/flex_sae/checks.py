@@ -13,6 +13,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # A launch takes fewer than 2**31 programs in its first dimension, which are samples, or features and up to 2**12 pieces
 # of heavy ones, and at most 65535 in the second, tiles of 32 columns or more.
 _MAX_F, _MAX_D = 2**31 - 2**13, 2**20
+# 32 bits hold the place of a pair, also where a program computes those of a window past the last one.
+_MAX_PAIRS = 2**32 - 2**22
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -49,8 +51,8 @@ def check_inputs(
         raise ValueError(f"weight must have shape [F, D] with F >= 1 and D >= 1, got {(F, D)}")
     if F > _MAX_F or D > _MAX_D:
         raise ValueError(f"weight must have shape [F, D] with F <= 2**31 - 2**13 and D <= 2**20, got {(F, D)}")
-    if B >= 2**31:
-        raise ValueError(f"indices must have shape [B, K] with B < 2**31, got {(B, K)}")
+    if B >= 2**31 or B * K > _MAX_PAIRS:
+        raise ValueError(f"indices must have shape [B, K] with B < 2**31 and B * K <= 2**32 - 2**22, got {(B, K)}")
     for name, dims, shape in (("vals", "[B, K]", (B, K)), ("bias", "[D]", (D,)), ("target", "[B, D]", (B, D))):
         if tensors[name].shape != shape:
             raise ValueError(f"{name} must have shape {dims} = {shape}, got {tuple(tensors[name].shape)}")

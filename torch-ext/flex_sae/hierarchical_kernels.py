@@ -226,8 +226,8 @@ def _hierarchical_backward_kernel(
                         weight_sums_ptr + sums_row[:, None] + cols[None, :], contribution, mask=mask, sem="relaxed"
                     )
                 if scratch_ptr is not None:
-                    slot = tl.load(slots_ptr + pair, mask=exists, other=0).to(tl.int64)
-                    slot_row = tl.multiple_of(slot * scratch_stride, ALIGN)
+                    slot = tl.load(slots_ptr + pair, mask=exists, other=0).to(tl.uint32, bitcast=True)
+                    slot_row = tl.multiple_of(slot.to(tl.int64) * scratch_stride, ALIGN)
                     tl.store(
                         scratch_ptr + slot_row[:, None] + scratch_cols[None, :],
                         suffixes * per_unit,
@@ -486,7 +486,7 @@ def _hierarchical_forward_fake(indices, weight, vals, bias, target, needs_suffix
     suffix = weight.new_empty(target.shape if needs_suffix else (0,), dtype=dtype)
     units = suffix.new_empty(target.shape[0] if needs_suffix and _narrow_scratch(weight, dtype) else 0)
     plan = new_plan(indices, weight.shape[0]) if needs_plan else indices.new_empty(0)
-    pairs = list(order_pairs_fake(indices, weight.shape[0], dtype, want_slots=True)) if needs_pairs else []
+    pairs = list(order_pairs_fake(indices, weight.shape[0], dtype)) if needs_pairs else []
     return suffix.new_empty(()), suffix, units, plan, pairs
 
 
@@ -563,7 +563,8 @@ def triton_hierarchical_sae_loss(
 
     Raises:
         TypeError: an argument is no tensor or has another dtype.
-        ValueError: shapes or devices do not fit together, or B >= 2**31, F > 2**31 - 2**13 or D > 2**20.
+        ValueError: shapes or devices do not fit together, or B >= 2**31, B * K > 2**32 - 2**22, F > 2**31 - 2**13 or
+            D > 2**20.
     """
     check_inputs(indices, weight, vals, bias, target)
     if not runs_triton(indices):

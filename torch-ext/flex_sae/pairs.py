@@ -39,10 +39,12 @@ _FINISH_BLOCK_P, _FINISH_BLOCK_W, _FINISH_BLOCK_D = 64, 4, 256
 # From this many features a pair on, most of them have none. On an H200 (B=4096, D=2304, F=262144) a TopK step with
 # K=8, 16, 32, 64 takes 0.91, 1.12, 1.50, 2.14 ms with a program for each pair, 1.54, 1.55, 1.69, 1.94 for each feature.
 _SPARSE = 2
-# Positions in the order are int32 below this many pairs: then those a window past the last pair still fit.
-_MAX_INT32_PAIRS = 2**30
+# Up to this many features keys are 16 bits wide: half the passes of torch.sort, a radix sort.
+_MAX_NARROW_F = tl.constexpr(2**16)
 # torch.sort takes at most this many elements along a dimension.
 _MAX_SORT = 2**31 - 1
+# Pairs of which a merge of several sorts computes the places at a time.
+_MERGE_BLOCK = 2**24
 
 
 @triton.jit
@@ -66,7 +68,7 @@ def load_pairs(
 
 @triton.jit
 def store_keys(
-    keys_ptr,  # [B * K]
+    keys_ptr,  # of `new_keys`
     indices_ptr,  # [B, K]
     b,
     tile,
@@ -82,30 +84,40 @@ def store_keys(
             exists = steps < K
             feature = tl.load(indices_ptr + b * K + steps, mask=exists, other=0)
             key = tl.minimum(tl.maximum(feature, 0), F - 1)
-            if keys_ptr.dtype.element_ty == tl.int16:
-                key -= 2**15
-            tl.store(keys_ptr + b * K + steps, key.to(keys_ptr.dtype.element_ty), mask=exists)
+            if F <= _MAX_NARROW_F:
+                tl.store(keys_ptr + b * K + steps, (key - 2**15).to(tl.int16), mask=exists)
+            else:
+                tl.store(_wide(keys_ptr) + b * K + steps, key.to(tl.int32), mask=exists)
 
 
 @triton.jit
-def _load_feature(keys_ptr, p, exists):
-    """The feature of pair p in the order: its key, to which int16 adds 2**15."""
-    key = tl.load(keys_ptr + p, mask=exists, other=0).to(tl.int32)
-    return key + 2**15 if keys_ptr.dtype.element_ty == tl.int16 else key
+def _wide(keys_ptr):
+    return keys_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
 
 
-@triton.jit(do_not_specialize=["P"])
+@triton.jit
+def _load_feature(keys_ptr, p, exists, F):
+    """The feature of pair p in the order, from its key."""
+    if F <= _MAX_NARROW_F:
+        feature = tl.load(keys_ptr + p, mask=exists, other=0).to(tl.int32) + 2**15
+    else:
+        feature = tl.load(_wide(keys_ptr) + p, mask=exists, other=0)
+    return feature
+
+
+@triton.jit(do_not_specialize=["P", "F"])
 def _gather_pairs_kernel(
     segments_ptr,  # [F, 2], zeros
     coefs_ptr,  # [P]
     samples_ptr,  # [P] or None
     slots_ptr,  # [B * K] or None
-    keys_ptr,  # [P]
+    keys_ptr,  # of `new_keys`
     order_ptr,  # [P]
     vals_ptr,  # [B * K]
     units_ptr,  # [B] or None
-    P,
+    P: tl.int64,
     K,
+    F,
     BLOCK: tl.constexpr,
 ):
     p = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -122,35 +134,18 @@ def _gather_pairs_kernel(
 
     # Where one feature's pairs end and the next one's start.
     has_next = p + 1 < P
-    feature, next_feature = _load_feature(keys_ptr, p, exists), _load_feature(keys_ptr, p + 1, has_next)
+    feature, next_feature = _load_feature(keys_ptr, p, exists, F), _load_feature(keys_ptr, p + 1, has_next, F)
     is_last = exists & ((feature != next_feature) | ~has_next)
     tl.store(segments_ptr + 2 * feature.to(tl.int64) + 1, p + 1, mask=is_last)
     tl.store(segments_ptr + 2 * next_feature.to(tl.int64), p + 1, mask=is_last & has_next)
-
-
-@triton.jit(do_not_specialize=["offset", "P"], do_not_specialize_on_alignment=["shifts_ptr"])
-def _merge_order_kernel(
-    merged_keys_ptr,  # [B * K]
-    merged_order_ptr,  # [B * K]
-    keys_ptr,  # [P], of a part of the pairs
-    order_ptr,  # [P]
-    shifts_ptr,  # [F], how far the pairs of a feature move
-    offset,  # the pairs before the part
-    P,
-    BLOCK: tl.constexpr,
-):
-    p = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    exists = p < P
-    place = p + tl.load(shifts_ptr + _load_feature(keys_ptr, p, exists), mask=exists, other=0)
-    tl.store(merged_keys_ptr + place, tl.load(keys_ptr + p, mask=exists, other=0), mask=exists)
-    tl.store(merged_order_ptr + place, offset + tl.load(order_ptr + p, mask=exists, other=0), mask=exists)
 
 
 @triton.jit
 def _segment(segments_ptr, feature):
     """Where the segment of a feature starts and ends in the order."""
     segment_ptr = segments_ptr + 2 * feature.to(tl.int64)
-    return tl.load(segment_ptr), tl.load(segment_ptr + 1)
+    start, end = tl.load(segment_ptr), tl.load(segment_ptr + 1)
+    return start.to(tl.uint32, bitcast=True).to(tl.int64), end.to(tl.uint32, bitcast=True).to(tl.int64)
 
 
 @triton.jit
@@ -163,7 +158,7 @@ def _load_row_ids(samples_ptr, p, end):
 
 
 @triton.jit(
-    do_not_specialize=["P", "window", "windows", "by_pair", "first_tile"],
+    do_not_specialize=["P", "F", "window", "windows", "by_pair", "first_tile"],
     do_not_specialize_on_alignment=["scale_ptr"],
 )
 def _sum_pairs_kernel(
@@ -173,14 +168,15 @@ def _sum_pairs_kernel(
     rows_ptr,  # [B, width], the row of pair p at samples[p]; without samples [P, width], at p
     samples_ptr,  # [P] or None
     coefs_ptr,  # [P]
-    keys_ptr,  # [P]
+    keys_ptr,  # of `new_keys`
     segments_ptr,  # [F, 2]
     weight_ptr,  # [F, D]
     scale_ptr,  # 0-dim
     weight_stride,
     width,  # of rows: a multiple of 16 keeps them aligned even where D is none
     D,
-    P,
+    P: tl.int64,
+    F,
     window,
     windows,
     by_pair,  # a program for every pair, and out is zero, instead of a program for every feature
@@ -197,9 +193,9 @@ def _sum_pairs_kernel(
     is_piece = pid < 2 * windows
     if is_piece:
         # A window meets at most two heavy features: one that reaches its start, one that reaches its end.
-        first = (pid // 2).to(segments_ptr.dtype.element_ty) * window
+        first = (pid // 2).to(tl.int64) * window
         stop = tl.minimum(first + window, P)
-        feature = _load_feature(keys_ptr, tl.where(pid % 2 == 0, first, stop - 1), True)
+        feature = _load_feature(keys_ptr, tl.where(pid % 2 == 0, first, stop - 1), True, F)
         start, end = _segment(segments_ptr, feature)
         active = (end - start > window) & ((pid % 2 == 0) | (start > first))
         start = tl.maximum(start, first)
@@ -208,7 +204,7 @@ def _sum_pairs_kernel(
         rank = pid - 2 * windows
         feature = rank
         if by_pair:
-            feature = _load_feature(keys_ptr, rank, True)
+            feature = _load_feature(keys_ptr, rank, True, F)
         start, end = _segment(segments_ptr, feature)
         active = (end - start <= window) & ((start == rank) | (by_pair == 0))
     if active:
@@ -227,11 +223,12 @@ def _sum_pairs_kernel(
                 eviction_policy="evict_first",
             ).to(dtype)
         total = tl.zeros([BLOCK_D], dtype)
-        p = start + tl.arange(0, BLOCK_P)
-        row = _load_row_ids(samples_ptr, p, end)
-        coef = tl.load(coefs_ptr + p, mask=p < end, other=0.0)
-        for _ in range(start, end, BLOCK_P):
-            mask = (p < end)[:, None] & (row_cols < width)[None, :]
+        # In 32 bits, which take half the registers.
+        p, p_end = start.to(tl.uint32) + tl.arange(0, BLOCK_P), end.to(tl.uint32)
+        row = _load_row_ids(samples_ptr, p, p_end)
+        coef = tl.load(coefs_ptr + p, mask=p < p_end, other=0.0)
+        for _ in range(0, (end - start).to(tl.int32), BLOCK_P):
+            mask = (p < p_end)[:, None] & (row_cols < width)[None, :]
             x = tl.load(
                 rows_ptr + (row * width)[:, None] + row_cols[None, :],
                 mask=mask,
@@ -241,11 +238,11 @@ def _sum_pairs_kernel(
             if SUMS:
                 total += tl.sum(coef[:, None] * x, axis=0)
             if DOTS:
-                tl.store(dots_ptr + tile * P + p, tl.sum(weight * x, axis=1), mask=p < end)
+                tl.store(dots_ptr + tile * P + p, tl.sum(weight * x, axis=1), mask=p < p_end)
             # The next pairs are on their way before these rows are summed.
             p += BLOCK_P
-            row = _load_row_ids(samples_ptr, p, end)
-            coef = tl.load(coefs_ptr + p, mask=p < end, other=0.0)
+            row = _load_row_ids(samples_ptr, p, p_end)
+            coef = tl.load(coefs_ptr + p, mask=p < p_end, other=0.0)
         if SUMS:
             if is_piece:
                 tl.store(pieces_ptr + pid.to(tl.int64) * D + cols, total, mask=in_row)
@@ -254,18 +251,19 @@ def _sum_pairs_kernel(
                 tl.store(out_ptr + out_row * D + cols, total, mask=in_row, eviction_policy="evict_first")
 
 
-@triton.jit(do_not_specialize=["P", "window", "windows"], do_not_specialize_on_alignment=["scale_ptr"])
+@triton.jit(do_not_specialize=["P", "F", "window", "windows"], do_not_specialize_on_alignment=["scale_ptr"])
 def _finish_kernel(
     out_ptr,  # [F, D], or None
     pieces_ptr,  # [2 * windows, D]
     vals_grad_ptr,  # [B * K], or None
     dots_ptr,  # [dot_tiles, P]
     order_ptr,  # [P]
-    keys_ptr,  # [P]
+    keys_ptr,  # of `new_keys`
     segments_ptr,  # [F, 2]
     scale_ptr,  # 0-dim
     D,
-    P,
+    P: tl.int64,
+    F,
     window,
     windows,
     dot_tiles,
@@ -287,15 +285,15 @@ def _finish_kernel(
     if out_ptr is not None:
         # The window in which a heavy feature starts adds up its pieces. The feature is the last one of that window.
         w = pid % windows
-        first = w.to(segments_ptr.dtype.element_ty) * window
-        feature = _load_feature(keys_ptr, tl.minimum(first + window, P) - 1, True)
+        first = w.to(tl.int64) * window
+        feature = _load_feature(keys_ptr, tl.minimum(first + window, P) - 1, True, F)
         start, end = _segment(segments_ptr, feature)
         tile_start = pid // windows * BLOCK_D
         if (end - start > window) & (start >= first) & (tile_start < D):
             cols = tile_start + tl.arange(0, BLOCK_D)
             in_row = cols < D
             total = tl.zeros([BLOCK_D], scale.dtype)
-            last = (end - 1) // window
+            last = ((end - 1) // window).to(tl.int32)
             for w0 in range(w, last + 1, BLOCK_W):
                 ws = w0 + tl.arange(0, BLOCK_W)
                 piece = 2 * ws.to(tl.int64) + tl.where((ws == w) & (start > first), 1, 0)
@@ -306,28 +304,32 @@ def _finish_kernel(
 
 
 class OrderedPairs(NamedTuple):
-    """The P = B * K pairs ordered by feature, those of one feature by their place in ``indices.flatten()``."""
+    """The P = B * K pairs ordered by feature, those of one feature by their place in ``indices.flatten()``.
+    Kernels take int32 places as unsigned."""
 
-    keys: torch.Tensor  # [P] int16 or int32, ascending: the features, less 2**15 in int16
+    keys: torch.Tensor  # of `new_keys`, ascending
     order: torch.Tensor  # [P] int64, places in indices.flatten()
-    segments: torch.Tensor  # [F, 2], where the pairs of each feature start and end; zeros if it has none
+    segments: torch.Tensor  # [F, 2], where the pairs of each feature start and end; zeros if it has none; int32
     coefs: torch.Tensor  # [P], vals in this order, times the unit of their sample
-    link: torch.Tensor  # samples [P], order // K; or slots [B * K], the inverse of order
+    link: torch.Tensor  # samples [P], order // K; or slots [B * K], the inverse of order; int32
 
 
 def new_keys(indices: torch.Tensor, F: int) -> torch.Tensor:
-    """Memory for the keys of all pairs [P], as `store_keys` writes them."""
-    return indices.new_empty(indices.numel(), dtype=_key_dtype(F))
+    """Memory for the keys of all pairs, as `store_keys` writes them: the features, less 2**15, as int16 [P] where they
+    fit, else as int32. Kernels see int16 [2 * P] then: their argument has one dtype, or another F would mean another
+    compilation."""
+    dtype, _ = _key_format(F)
+    return indices.new_empty(indices.numel() * dtype.itemsize // 2, dtype=torch.int16)
 
 
 def make_keys(indices: torch.Tensor, F: int) -> torch.Tensor:
-    """The keys of all pairs [P], where no kernel has written them."""
-    lowest = 2**15 if _key_dtype(F) == torch.int16 else 0
-    return (indices.flatten().clamp(0, F - 1) - lowest).to(_key_dtype(F))
+    """The keys of all pairs, where no kernel has written them."""
+    dtype, key_shift = _key_format(F)
+    return (indices.flatten().clamp(0, F - 1) - key_shift).to(dtype).view(torch.int16)
 
 
 def order_pairs(
-    keys: torch.Tensor,  # [P]
+    keys: torch.Tensor,  # of `new_keys`
     vals: torch.Tensor,  # [B, K], contiguous
     F: int,
     dtype: torch.dtype,
@@ -339,7 +341,7 @@ def order_pairs(
     becomes NaN with that of the sample."""
     K, P = vals.shape[1], vals.numel()
     keys, order = _sort(keys, F)
-    pairs = OrderedPairs(keys, order, *_new_segments_coefs_link(keys, F, dtype, want_slots))
+    pairs = OrderedPairs(keys, order, *_new_segments_coefs_link(order, F, dtype))
     _gather_pairs_kernel[(cdiv(P, _FLAT_BLOCK),)](
         pairs.segments,
         pairs.coefs,
@@ -351,57 +353,59 @@ def order_pairs(
         units,
         P,
         K,
+        F,
         BLOCK=_FLAT_BLOCK,
     )
     return pairs
 
 
-def order_pairs_fake(indices: torch.Tensor, F: int, dtype: torch.dtype, want_slots: bool) -> OrderedPairs:
+def order_pairs_fake(indices: torch.Tensor, F: int, dtype: torch.dtype) -> OrderedPairs:
     """Tensors of the shapes and dtypes of `order_pairs`."""
-    keys = new_keys(indices, F)
-    order = torch.empty_like(keys, dtype=torch.int64)
-    return OrderedPairs(keys, order, *_new_segments_coefs_link(keys, F, dtype, want_slots))
+    order = indices.new_empty(indices.numel(), dtype=torch.int64)
+    return OrderedPairs(new_keys(indices, F), order, *_new_segments_coefs_link(order, F, dtype))
 
 
-def _new_segments_coefs_link(keys, F, dtype, want_slots):
-    P = keys.numel()
-    place_dtype = torch.int32 if P < _MAX_INT32_PAIRS else torch.int64
+def _new_segments_coefs_link(order, F, dtype):
+    P = order.numel()
     return (
-        keys.new_zeros(F, 2, dtype=place_dtype),
-        keys.new_empty(P, dtype=dtype),
-        keys.new_empty(P, dtype=place_dtype if want_slots else torch.int32),
+        order.new_zeros(F, 2, dtype=torch.int32),
+        order.new_empty(P, dtype=dtype),
+        order.new_empty(P, dtype=torch.int32),
     )
 
 
-def _key_dtype(F):
-    # torch.sort is a radix sort: half the passes where a feature fits 16 bits.
-    return torch.int16 if F <= 2**16 else torch.int32
+def _key_format(F):
+    """The dtype of keys, and what is subtracted from features to make them."""
+    return (torch.int16, 2**15) if _MAX_NARROW_F.value >= F else (torch.int32, 0)
 
 
 def _sort(keys, F):
     """Keys in ascending order, and that order, which is stable."""
-    if keys.numel() <= _MAX_SORT:
-        return torch.sort(keys, stable=True)
-    return _merge([torch.sort(part, stable=True) for part in keys.split(_MAX_SORT)], F)
+    dtype, _ = _key_format(F)
+    parts = [torch.sort(part, stable=True) for part in keys.view(dtype).split(_MAX_SORT)]
+    keys, order = parts[0] if len(parts) == 1 else _merge(parts, F)
+    return keys.view(torch.int16), order
 
 
 def _merge(parts, F):
-    """One order, and its keys, from those of consecutive parts."""
-    dtype = parts[0][0].dtype
-    lowest = torch.iinfo(dtype).min if dtype == torch.int16 else 0
-    features = torch.arange(lowest, lowest + F, device=parts[0][0].device, dtype=dtype)
-    ends = torch.stack([torch.searchsorted(keys, features, right=True) for keys, _ in parts])  # [parts, F]
+    """One order, and its keys, from those of consecutive parts. (By torch's kernels: one of ours would be compiled when
+    the first batch of such a size comes.)"""
+    (keys, order), (dtype, key_shift) = parts[0], _key_format(F)
+    all_keys = (torch.arange(F, device=keys.device) - key_shift).to(dtype)
+    ends = torch.stack([torch.searchsorted(keys, all_keys, right=True) for keys, _ in parts])  # [parts, F]
     counts = ends.diff(dim=1, prepend=ends.new_zeros(len(parts), 1))
     # A feature's pairs lie part after part: by how far each segment of each part moves.
     shifts = counts.sum(0).cumsum(0) - counts.sum(0) + counts.cumsum(0) - ends
     total = sum(keys.numel() for keys, _ in parts)
-    merged_keys, merged_order, offset = features.new_empty(total), ends.new_empty(total), 0
+    merged_keys, merged_order, offset = keys.new_empty(total), order.new_empty(total), 0
     for (keys, order), shift in zip(parts, shifts):
-        P = keys.numel()
-        _merge_order_kernel[(cdiv(P, _FLAT_BLOCK),)](
-            merged_keys, merged_order, keys, order, shift, offset, P, BLOCK=_FLAT_BLOCK
-        )
-        offset += P
+        for start in range(0, keys.numel(), _MERGE_BLOCK):
+            block = keys[start : start + _MERGE_BLOCK]
+            places = torch.arange(start, start + block.numel(), device=keys.device)
+            places += shift[block.long() + key_shift]
+            merged_keys[places] = block
+            merged_order[places] = offset + order[start : start + _MERGE_BLOCK]
+        offset += keys.numel()
     return merged_keys, merged_order
 
 
@@ -461,6 +465,7 @@ def sum_pairs(
         width,
         D,
         P,
+        F,
         window,
         windows,
         by_pair,
@@ -502,6 +507,7 @@ def finish(
         scale,
         D,
         P,
+        pairs.segments.shape[0],
         window,
         windows,
         dots.shape[0] if dots is not None else 0,

@@ -227,7 +227,7 @@ def _topk_forward_fake(indices, weight, vals, bias, target, needs_grad, needs_pa
     dtype = compute_dtype(weight, vals, bias, target)
     shape = (target.shape[0], _row_width(weight, dtype)) if needs_grad else (0,)
     recon_grad = weight.new_empty(shape, dtype=dtype)
-    pairs = list(order_pairs_fake(indices, weight.shape[0], dtype, want_slots=False)) if needs_pairs else []
+    pairs = list(order_pairs_fake(indices, weight.shape[0], dtype)) if needs_pairs else []
     return recon_grad.new_empty(()), recon_grad, pairs
 
 
@@ -296,7 +296,8 @@ def triton_topk_sae_loss(
 
     Raises:
         TypeError: an argument is no tensor or has another dtype.
-        ValueError: shapes or devices do not fit together, or B >= 2**31, F > 2**31 - 2**13 or D > 2**20.
+        ValueError: shapes or devices do not fit together, or B >= 2**31, B * K > 2**32 - 2**22, F > 2**31 - 2**13 or
+            D > 2**20.
     """
     check_inputs(indices, weight, vals, bias, target)
     if not runs_triton(indices):
