@@ -1,5 +1,6 @@
 """The losses as citizens of torch: autograd, torch.library, torch.compile, streams, graphs, determinism."""
 
+import math
 from functools import partial
 
 import pytest
@@ -17,6 +18,7 @@ from support import (
     needs_cuda,
     record_compilations,
     run,
+    submodule,
     triton_loss,
 )
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -336,8 +338,15 @@ def test_gradients_accumulate_in_a_training_loop(flex, device, kind):
     assert_agree(kind, problem, result, result._replace(weight=weight.grad / 2))
 
 
+@pytest.fixture(params=[False, True], ids=["one stream", "two streams"])
+def streams(request, flex, monkeypatch):
+    """Pairs are sorted on a second stream in large steps: here in all, or in none."""
+    monkeypatch.setattr(submodule(flex, "checks"), "_WORTH_A_STREAM", 0 if request.param else math.inf)
+
+
 # In bfloat16 the hierarchical gradient of weight takes its ordered form.
 @needs_cuda
+@pytest.mark.usefixtures("streams")
 @pytest.mark.parametrize("kind", LOSSES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_captured_graph_replays_on_fresh_data(flex, kind, dtype):
@@ -359,6 +368,7 @@ def test_a_captured_graph_replays_on_fresh_data(flex, kind, dtype):
 
 
 @needs_cuda
+@pytest.mark.usefixtures("streams")
 @pytest.mark.parametrize("kind", LOSSES)
 def test_work_goes_to_the_current_stream(flex, kind):
     problem = make_problem(640, 20, 500, 320, device="cuda")
@@ -376,6 +386,23 @@ def test_work_goes_to_the_current_stream(flex, kind):
 @needs_cuda
 @pytest.mark.parametrize("kind", LOSSES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_second_stream_changes_no_bit(flex, monkeypatch, kind, dtype):
+    checks = submodule(flex, "checks")
+    problem = make_problem(2048, 32, 3000, 2048, device="cuda", dtypes=dtype, pattern="one_hot_feature")
+    assert problem.vals.numel() * problem.target.shape[1] >= checks._WORTH_A_STREAM
+    with deterministic_algorithms():
+        many = [run(triton_loss(flex, kind), problem) for _ in range(10)]  # no wait in between: memory is used again
+        monkeypatch.setattr(checks, "_WORTH_A_STREAM", math.inf)
+        one = run(triton_loss(flex, kind), problem)
+    for name in Result._fields:
+        for result in many:
+            assert torch.equal(getattr(result, name), getattr(one, name)), name
+
+
+@needs_cuda
+@pytest.mark.usefixtures("streams")
+@pytest.mark.parametrize("kind", LOSSES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_nothing_waits_for_the_device(flex, kind, dtype):
     problem = make_problem(640, 20, 500, 320, device="cuda", dtypes=dtype)
     run(triton_loss(flex, kind), problem)
@@ -387,6 +414,7 @@ def test_nothing_waits_for_the_device(flex, kind, dtype):
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.usefixtures("streams")
 @pytest.mark.parametrize("kind", LOSSES)
 def test_tensors_may_live_on_a_device_that_is_not_current(flex, kind):
     problem = make_problem(640, 20, 500, 320, device="cuda:1")

@@ -42,33 +42,49 @@ def test_pairs_are_sorted_by_feature_then_place(flex, device, monkeypatch, F, in
     module, B, K = submodule(flex, "pairs"), 100, 30
     generator = torch.Generator(device).manual_seed(0)
     indices = make_indices("one_hot_feature", B, K, F, generator).to(index_dtype)
-    indices[0, :4] = torch.tensor([0, F - 1, -1, F])  # out of range counts as the nearest feature
+    indices[0, :2] = torch.tensor([0, F - 1])
     vals, units = (torch.randn(shape, generator=generator, device=device) for shape in ((B, K), (B,)))
     monkeypatch.setattr(module, "_MAX_SORT", -(-B * K // parts))
-    features, order = indices.long().clamp(0, F - 1).view(-1).sort(stable=True)
+    features, order = indices.long().view(-1).sort(stable=True)
+    counts = features.bincount(minlength=F)
+    segments = torch.stack([counts.cumsum(0) - counts, counts.cumsum(0)], dim=1)
     for want_slots in (False, True):
-        keys = module.make_keys(indices, F)
-        pairs = module.order_pairs(keys, vals, F, torch.float32, want_slots, units if want_slots else None)
+        pairs = module.new_pairs(indices, F, torch.float32)
+        module.sort_pairs(pairs, indices)
+        module.gather_pairs(pairs, vals, want_slots, units if want_slots else None)
         assert torch.equal(pairs.order, order)
-        sorted_keys = pairs.keys.long() + 2**15 if F <= 2**16 else pairs.keys.view(torch.int32).long()
-        assert torch.equal(sorted_keys, features)
-        counts = features.bincount(minlength=F)
-        segments = torch.stack([counts.cumsum(0) - counts, counts.cumsum(0)], dim=1)
+        keys = pairs.keys.long() + 2**15 if F <= 2**16 else pairs.keys.view(torch.int32).long()
+        assert torch.equal(keys, features)
         assert torch.equal(pairs.segments.long(), torch.where(counts[:, None] > 0, segments, 0))
         assert torch.equal(pairs.coefs, (vals * units[:, None] if want_slots else vals).view(-1)[order])
         assert torch.equal(pairs.link.long(), order.argsort() if want_slots else order // K)
 
-    # The forward kernels write the same keys. Twenty samples are quick in the interpreter too.
-    indices, vals = indices[:20], vals[:20]
-    expected, _ = module.make_keys(indices, F).view(torch.int16 if F <= 2**16 else torch.int32).sort()
-    weight, bias, target = (torch.zeros(shape, device=device) for shape in ((F, 1), (1,), (20, 1)))
-    inputs = indices, weight, vals, bias, target
-    by_sample, by_slot = (
-        flex._ops.ops.topk_forward(*inputs, True, True)[-1],
-        flex._ops.ops.hierarchical_forward(*inputs, True, False, True)[-1],
-    )
-    for keys, *_ in (by_sample, by_slot):
-        assert torch.equal(keys.view(expected.dtype), expected)
+
+@pytest.mark.parametrize("F", [1, 9, 2**15 + 1, 2**16, 2**16 + 1])
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("parts", [1, 5])
+def test_a_feature_out_of_range_is_sorted_with_one_in_range(flex, device, monkeypatch, F, index_dtype, parts):
+    module, B, K = submodule(flex, "pairs"), 20, 30
+    generator = torch.Generator(device).manual_seed(0)
+    indices = make_indices("uniform", B, K, F, generator).to(index_dtype)
+    bounds = torch.iinfo(index_dtype)
+    bad = torch.tensor([-1, F, F + 5, 2**15, 2**16, 2**17 + 3, bounds.min, bounds.min + 2**15, bounds.max, -(2**16)])
+    bad = bad[(bad < 0) | (bad >= F)].to(device, index_dtype)
+    indices.view(-1)[: 3 * len(bad)] = bad.repeat(3)
+    monkeypatch.setattr(module, "_MAX_SORT", -(-B * K // parts))
+    pairs = module.new_pairs(indices, F, torch.float32)
+    module.sort_pairs(pairs, indices)
+    module.gather_pairs(pairs, torch.zeros(B, K, device=device), False)
+    # Each pair is in one segment, and all in range are in their feature's.
+    assert torch.equal(pairs.order.sort().values, torch.arange(B * K, device=device))
+    starts, ends = pairs.segments.long().unbind(1)
+    counts = ends - starts
+    features = torch.arange(F, device=device).repeat_interleave(counts)
+    assert len(features) == B * K
+    assert torch.equal(starts[counts > 0], (counts.cumsum(0) - counts)[counts > 0])
+    chosen = indices.view(-1)[pairs.order].long()
+    in_range = (chosen >= 0) & (chosen < F)
+    assert torch.equal(chosen[in_range], features[in_range])
 
 
 @pytest.mark.parametrize("kind", LOSSES)
@@ -82,6 +98,19 @@ def test_a_dictionary_far_larger_than_the_batch(flex, device, monkeypatch, kind,
     assert_right(kind, problem, by_pair)
     for name, value, other in zip(by_pair._fields, by_pair, by_feature, strict=True):
         assert torch.equal(value, other), name
+
+
+# Sums take tiles of 512 columns, and half a one for up to 256 that are left.
+@pytest.mark.parametrize("kind", LOSSES)
+@pytest.mark.parametrize(
+    "D, dtype",
+    [*((513, dtype) for dtype in DTYPES), (768, torch.float32), (769, torch.float32)],
+    ids=str,
+)
+def test_the_last_columns_may_fill_half_a_tile(flex, device, kind, D, dtype):
+    problem = make_problem(17, 16, 3, D, device=device, dtypes=dtype, pattern="one_hot_feature")  # 136 pairs in one
+    with deterministic_algorithms():
+        assert_right(kind, problem, run(triton_loss(flex, kind), problem))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

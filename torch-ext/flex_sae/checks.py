@@ -1,6 +1,7 @@
 """What the losses accept, the dtype they compute in and where they run."""
 
 import contextlib
+import functools
 import math
 import os
 from typing import Optional
@@ -15,6 +16,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _MAX_F, _MAX_D = 2**31 - 2**13, 2**20
 # 32 bits hold the place of a pair, also where a program computes those of a window past the last one.
 _MAX_PAIRS = 2**32 - 2**22
+# A forward kernel of so many terms takes as long as the host takes to use a second stream.
+_WORTH_A_STREAM = 2**27
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -88,6 +91,38 @@ def device_of(tensor: torch.Tensor):
     if tensor.device.type == "cpu":
         return contextlib.nullcontext()
     return getattr(torch, tensor.device.type).device(tensor.device)
+
+
+def mark(terms: int, tensor: torch.Tensor) -> Optional[tuple]:
+    """The point that the current stream has come to, if work of so many ``terms`` follows, enough to have other work
+    `beside` it; else None."""
+    if tensor.device.type == "cpu" or terms < _WORTH_A_STREAM:
+        return None
+    current = getattr(torch, tensor.device.type).current_stream()
+    return current, current.record_event()
+
+
+@contextlib.contextmanager
+def beside(point: Optional[tuple]):
+    """Launches in here need not wait for what the current stream has got since ``point``; what it gets next waits for
+    them. They write to memory that exists: new memory would belong to another stream."""
+    if point is None:
+        yield
+        return
+    current, event = point
+    other = _other_stream(current.device)
+    other.wait_event(event)
+    try:
+        with getattr(torch, current.device.type).stream(other):
+            yield
+    finally:
+        current.wait_stream(other)
+
+
+@functools.cache
+def _other_stream(device):
+    # Of high priority: its few programs do not queue behind the many of a kernel that came first.
+    return getattr(torch, device.type).Stream(device, priority=-1)
 
 
 def select(

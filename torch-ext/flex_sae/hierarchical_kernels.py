@@ -29,11 +29,13 @@ import triton.language as tl
 
 from ._ops import add_op_namespace_prefix, ops
 from .checks import (
+    beside,
     cdiv,
     check_inputs,
     compute_dtype,
     device_of,
     lane_columns,
+    mark,
     new_empty,
     next_power_of_2,
     refuse_second_derivative,
@@ -47,14 +49,12 @@ from .copies import count_pairs, needs_copies, new_plan, new_rows, plan_copies, 
 from .pairs import (
     OrderedPairs,
     finish,
+    gather_pairs,
     load_pairs,
-    make_keys,
-    new_keys,
+    new_pairs,
     new_pieces,
     new_sums,
-    order_pairs,
-    order_pairs_fake,
-    store_keys,
+    sort_pairs,
     sum_pairs,
 )
 
@@ -80,7 +80,6 @@ _SCRATCH_BYTES = 2**15
 def _hierarchical_forward_kernel(
     loss_ptr,  # [cdiv(D, BLOCK_D), B], this tile's share of the loss
     suffix_ptr,  # [B, D], S_0
-    keys_ptr,  # [B * K], or None
     plan_ptr,  # the plan of copies, or None
     indices_ptr,  # [B, K]
     weight_ptr,  # [F, D]
@@ -107,8 +106,6 @@ def _hierarchical_forward_kernel(
     in_row = cols < D
     dtype: tl.constexpr = loss_ptr.dtype.element_ty
 
-    if keys_ptr is not None:
-        store_keys(keys_ptr, indices_ptr, b, tile, K, F, BLOCK_K)
     if plan_ptr is not None:
         count_pairs(plan_ptr, indices_ptr, b, tile, K, F, counts, BLOCK_K)
     bias = tl.load(bias_ptr + cols, mask=in_row, other=0.0).to(dtype)
@@ -269,12 +266,12 @@ def _hierarchical_forward(
     shares = torch.empty((tiles, B), dtype=dtype, device=weight.device)
     suffix = new_empty(weight, *((B, D) if needs_suffix else (0,)), dtype=dtype)
     plan = new_plan(indices, F) if needs_plan else indices.new_empty(0)
-    keys = new_keys(indices, F) if needs_pairs else None
+    pairs = new_pairs(indices, F, dtype) if needs_pairs else ()
     with device_of(weight):
+        before = mark(B * K * D, weight) if needs_pairs else None
         _hierarchical_forward_kernel[(B, tiles)](
             shares,
             suffix,
-            keys,
             plan if needs_plan else None,
             indices,
             weight,
@@ -296,15 +293,17 @@ def _hierarchical_forward(
             num_warps=1,
         )
         units = _units(shares, K, D) if needs_suffix and _narrow_scratch(weight, dtype) else shares.new_empty(0)
-        # The host has time for this while the device computes the loss, more than in the backward pass.
         if needs_plan:
             plan_copies(plan, B, K)
-        pairs = list(_order_pairs(keys, vals, F, dtype, units)) if needs_pairs else []
-    return shares.sum(), suffix, units, plan, pairs
+        if needs_pairs:
+            with beside(before):
+                sort_pairs(pairs, indices)
+            _gather_pairs(pairs, vals, units)
+    return shares.sum(), suffix, units, plan, list(pairs)
 
 
-def _order_pairs(keys, vals, F, dtype, units):
-    return order_pairs(keys, vals, F, dtype, want_slots=True, units=units if units.numel() else None)
+def _gather_pairs(pairs, vals, units):
+    gather_pairs(pairs, vals, want_slots=True, units=units if units.numel() else None)
 
 
 def _is_ordered(weight, dtype, needs_weight):
@@ -384,17 +383,19 @@ def _hierarchical_backward(
 
     weight_grad = vals_grad = bias_grad = None
     with device_of(weight):
+        if needs_bias:  # first, while S_0 is in the L2 cache
+            bias_grad = sum_columns(suffix, D, scale).to(bias.dtype)
         if needs_weight or needs_vals:
             if not ordered:
                 weight_grad, vals_grad = _atomic_gradients(launch, suffix, plan, weight, vals, needs_weight, needs_vals)
             else:
                 if needs_weight and not pairs:  # Deterministic mode has been switched on since the forward pass.
-                    pairs = _order_pairs(make_keys(indices, F), vals, F, suffix.dtype, units)
+                    pairs = new_pairs(indices, F, suffix.dtype)
+                    sort_pairs(pairs, indices)
+                    _gather_pairs(pairs, vals, units)
                 weight_grad, vals_grad = _ordered_gradients(
                     launch, scale, suffix, units, weight, vals, pairs, needs_weight, needs_vals
                 )
-        if needs_bias:
-            bias_grad = sum_columns(suffix, D, scale).to(bias.dtype)
     return (
         weight_grad if needs_weight else weight.new_empty(0),
         vals_grad if needs_vals else vals.new_empty(0),
@@ -486,7 +487,7 @@ def _hierarchical_forward_fake(indices, weight, vals, bias, target, needs_suffix
     suffix = weight.new_empty(target.shape if needs_suffix else (0,), dtype=dtype)
     units = suffix.new_empty(target.shape[0] if needs_suffix and _narrow_scratch(weight, dtype) else 0)
     plan = new_plan(indices, weight.shape[0]) if needs_plan else indices.new_empty(0)
-    pairs = list(order_pairs_fake(indices, weight.shape[0], dtype)) if needs_pairs else []
+    pairs = list(new_pairs(indices, weight.shape[0], dtype, torch.Tensor.new_empty)) if needs_pairs else []
     return suffix.new_empty(()), suffix, units, plan, pairs
 
 

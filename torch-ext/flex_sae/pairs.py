@@ -24,10 +24,12 @@ from .checks import cdiv, new_empty, next_power_of_2
 # Columns of a program of the feature sum, one warp. Swept over 256, 512 and 1024 on an H200 (B=4096, F=65536, D=2304):
 # 0.40, 0.37, 0.43 ms at K=32 and 0.73, 0.66, 0.72 ms at K=128.
 SUM_BLOCK_D = 512
-# The longest program adds this many pairs, more where the windows would be too many. Flat from 128 to 512 on an H200,
-# for uniform and Zipf(1) indices.
-_MIN_WINDOW = 256
-# Windows at most, so that the pieces take at most [2 * _MAX_WINDOWS, D] whatever B and K are.
+# The longest program adds this many pairs, more where the windows would be too many. On an H200 (B=4096, F=65536,
+# D=2304, K=32) a TopK step takes 0.61, 0.67, 0.75 ms with 128, 256, 512 for Zipf(1) indices; 0.605, 0.602, 0.602 for
+# uniform ones.
+_MIN_WINDOW = 128
+# Windows at most, so that the pieces take at most [2 * _MAX_WINDOWS, D] whatever B and K are. At K=128 it takes 1.47,
+# 1.31, 1.24 ms with 512, 1024, 2048 for Zipf(1) indices; 1.26, 1.26, 1.27 for uniform ones.
 _MAX_WINDOWS = 2048
 # Pairs of a program, four warps, of the kernels that only move pairs. On an H200 (B=4096, K=128) 256 take 7 us, 1024
 # take 10.
@@ -67,42 +69,13 @@ def load_pairs(
 
 
 @triton.jit
-def store_keys(
-    keys_ptr,  # of `new_keys`
-    indices_ptr,  # [B, K]
-    b,
-    tile,
-    K,
-    F,
-    BLOCK_K: tl.constexpr,
-):
-    """For a program of a forward kernel: write the keys by which the pairs of sample b are sorted, if its tile is the
-    first. A feature out of range counts as the nearest one in range."""
-    if tile == 0:
-        for start in range(0, K, BLOCK_K):
-            steps = start + tl.arange(0, BLOCK_K)
-            exists = steps < K
-            feature = tl.load(indices_ptr + b * K + steps, mask=exists, other=0)
-            key = tl.minimum(tl.maximum(feature, 0), F - 1)
-            if F <= _MAX_NARROW_F:
-                tl.store(keys_ptr + b * K + steps, (key - 2**15).to(tl.int16), mask=exists)
-            else:
-                tl.store(_wide(keys_ptr) + b * K + steps, key.to(tl.int32), mask=exists)
-
-
-@triton.jit
-def _wide(keys_ptr):
-    return keys_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
-
-
-@triton.jit
 def _load_feature(keys_ptr, p, exists, F):
     """The feature of pair p in the order, from its key."""
     if F <= _MAX_NARROW_F:
         feature = tl.load(keys_ptr + p, mask=exists, other=0).to(tl.int32) + 2**15
     else:
-        feature = tl.load(_wide(keys_ptr) + p, mask=exists, other=0)
-    return feature
+        feature = tl.load(keys_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + p, mask=exists, other=0)
+    return tl.minimum(tl.maximum(feature, 0), F - 1)
 
 
 @triton.jit(do_not_specialize=["P", "F"])
@@ -111,7 +84,7 @@ def _gather_pairs_kernel(
     coefs_ptr,  # [P]
     samples_ptr,  # [P] or None
     slots_ptr,  # [B * K] or None
-    keys_ptr,  # of `new_keys`
+    keys_ptr,  # [P], see `OrderedPairs`
     order_ptr,  # [P]
     vals_ptr,  # [B * K]
     units_ptr,  # [B] or None
@@ -168,7 +141,7 @@ def _sum_pairs_kernel(
     rows_ptr,  # [B, width], the row of pair p at samples[p]; without samples [P, width], at p
     samples_ptr,  # [P] or None
     coefs_ptr,  # [P]
-    keys_ptr,  # of `new_keys`
+    keys_ptr,  # [P], see `OrderedPairs`
     segments_ptr,  # [F, 2]
     weight_ptr,  # [F, D]
     scale_ptr,  # 0-dim
@@ -184,6 +157,7 @@ def _sum_pairs_kernel(
     SUMS: tl.constexpr,
     DOTS: tl.constexpr,
     ROWS_POLICY: tl.constexpr,
+    ENDS_IN_HALF: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -207,48 +181,53 @@ def _sum_pairs_kernel(
             feature = _load_feature(keys_ptr, rank, True, F)
         start, end = _segment(segments_ptr, feature)
         active = (end - start <= window) & ((start == rank) | (by_pair == 0))
-    if active:
-        dtype: tl.constexpr = scale_ptr.dtype.element_ty
-        tile = tl.program_id(1).to(tl.int64)
-        row_cols = tile * BLOCK_D + tl.arange(0, BLOCK_D)
-        cols = first_tile * BLOCK_D + row_cols
-        in_row = cols < D
-        out_row = feature.to(tl.int64)
-        # weight and out are touched once: they leave the L2 cache to the rows.
-        if DOTS:
-            weight = tl.load(
-                (weight_ptr + out_row * weight_stride + cols)[None, :],
-                mask=in_row[None, :],
-                other=0.0,
-                eviction_policy="evict_first",
-            ).to(dtype)
-        total = tl.zeros([BLOCK_D], dtype)
-        # In 32 bits, which take half the registers.
-        p, p_end = start.to(tl.uint32) + tl.arange(0, BLOCK_P), end.to(tl.uint32)
-        row = _load_row_ids(samples_ptr, p, p_end)
-        coef = tl.load(coefs_ptr + p, mask=p < p_end, other=0.0)
-        for _ in range(0, (end - start).to(tl.int32), BLOCK_P):
-            mask = (p < p_end)[:, None] & (row_cols < width)[None, :]
-            x = tl.load(
-                rows_ptr + (row * width)[:, None] + row_cols[None, :],
-                mask=mask,
-                other=0.0,
-                eviction_policy=ROWS_POLICY,
-            ).to(dtype)
-            if SUMS:
-                total += tl.sum(coef[:, None] * x, axis=0)
+    dtype: tl.constexpr = scale_ptr.dtype.element_ty
+    tile = tl.program_id(1).to(tl.int64)
+    first_col = (first_tile + tile) * BLOCK_D
+    # Compiled for a whole tile, and for half of one with twice the pairs where the last has no more columns. On an H200
+    # (D=2304) that takes 1 to 5% from a step at K=128, nothing at K=32.
+    is_half = ENDS_IN_HALF & (2 * (D - first_col) <= BLOCK_D)
+    for HALF in tl.static_range(2 if ENDS_IN_HALF else 1):
+        if active & (is_half == HALF):
+            row_cols = tile * BLOCK_D + tl.arange(0, BLOCK_D // (1 + HALF))
+            cols = first_tile * BLOCK_D + row_cols
+            in_row = cols < D
+            out_row = feature.to(tl.int64)
+            # weight and out are touched once: they leave the L2 cache to the rows.
             if DOTS:
-                tl.store(dots_ptr + tile * P + p, tl.sum(weight * x, axis=1), mask=p < p_end)
-            # The next pairs are on their way before these rows are summed.
-            p += BLOCK_P
+                weight = tl.load(
+                    (weight_ptr + out_row * weight_stride + cols)[None, :],
+                    mask=in_row[None, :],
+                    other=0.0,
+                    eviction_policy="evict_first",
+                ).to(dtype)
+            total = tl.zeros([BLOCK_D // (1 + HALF)], dtype)
+            # In 32 bits, which take half the registers.
+            p, p_end = start.to(tl.uint32) + tl.arange(0, BLOCK_P * (1 + HALF)), end.to(tl.uint32)
             row = _load_row_ids(samples_ptr, p, p_end)
             coef = tl.load(coefs_ptr + p, mask=p < p_end, other=0.0)
-        if SUMS:
-            if is_piece:
-                tl.store(pieces_ptr + pid.to(tl.int64) * D + cols, total, mask=in_row)
-            else:
-                total *= tl.load(scale_ptr)
-                tl.store(out_ptr + out_row * D + cols, total, mask=in_row, eviction_policy="evict_first")
+            for _ in range(0, (end - start).to(tl.int32), BLOCK_P * (1 + HALF)):
+                mask = (p < p_end)[:, None] & (row_cols < width)[None, :]
+                x = tl.load(
+                    rows_ptr + (row * width)[:, None] + row_cols[None, :],
+                    mask=mask,
+                    other=0.0,
+                    eviction_policy=ROWS_POLICY,
+                ).to(dtype)
+                if SUMS:
+                    total += tl.sum(coef[:, None] * x, axis=0)
+                if DOTS:
+                    tl.store(dots_ptr + tile * P + p, tl.sum(weight * x, axis=1), mask=p < p_end)
+                # The next pairs are on their way before these rows are summed.
+                p += BLOCK_P * (1 + HALF)
+                row = _load_row_ids(samples_ptr, p, p_end)
+                coef = tl.load(coefs_ptr + p, mask=p < p_end, other=0.0)
+            if SUMS:
+                if is_piece:
+                    tl.store(pieces_ptr + pid.to(tl.int64) * D + cols, total, mask=in_row)
+                else:
+                    total *= tl.load(scale_ptr)
+                    tl.store(out_ptr + out_row * D + cols, total, mask=in_row, eviction_policy="evict_first")
 
 
 @triton.jit(do_not_specialize=["P", "F", "window", "windows"], do_not_specialize_on_alignment=["scale_ptr"])
@@ -258,7 +237,7 @@ def _finish_kernel(
     vals_grad_ptr,  # [B * K], or None
     dots_ptr,  # [dot_tiles, P]
     order_ptr,  # [P]
-    keys_ptr,  # of `new_keys`
+    keys_ptr,  # [P], see `OrderedPairs`
     segments_ptr,  # [F, 2]
     scale_ptr,  # 0-dim
     D,
@@ -304,73 +283,65 @@ def _finish_kernel(
 
 
 class OrderedPairs(NamedTuple):
-    """The P = B * K pairs ordered by feature, those of one feature by their place in ``indices.flatten()``.
-    Kernels take int32 places as unsigned."""
+    """The P = B * K pairs ordered by feature, those of one feature by their place in ``indices.flatten()``. A feature
+    out of range counts as one in range, whose gradient becomes NaN with that of the sample."""
 
-    keys: torch.Tensor  # of `new_keys`, ascending
+    # The features, less 2**15, as int16 where they fit, else as int32. In kernels one dtype, or another F would mean
+    # another compilation: int16 [2 * P] are int32 [P].
+    keys: torch.Tensor
     order: torch.Tensor  # [P] int64, places in indices.flatten()
-    segments: torch.Tensor  # [F, 2], where the pairs of each feature start and end; zeros if it has none; int32
+    segments: torch.Tensor  # [F, 2] uint32 (as int32), where a feature's pairs start and end; zeros if it has none
     coefs: torch.Tensor  # [P], vals in this order, times the unit of their sample
-    link: torch.Tensor  # samples [P], order // K; or slots [B * K], the inverse of order; int32
+    link: torch.Tensor  # [P] samples, order // K; or [B * K] slots, the inverse of order, uint32 (as int32)
 
 
-def new_keys(indices: torch.Tensor, F: int) -> torch.Tensor:
-    """Memory for the keys of all pairs, as `store_keys` writes them: the features, less 2**15, as int16 [P] where they
-    fit, else as int32. Kernels see int16 [2 * P] then: their argument has one dtype, or another F would mean another
-    compilation."""
-    dtype, _ = _key_format(F)
-    return indices.new_empty(indices.numel() * dtype.itemsize // 2, dtype=torch.int16)
+def new_pairs(indices: torch.Tensor, F: int, dtype: torch.dtype, empty=new_empty) -> OrderedPairs:
+    """Memory for the pairs, with ``coefs`` of ``dtype``."""
+    P, (key_dtype, _) = indices.numel(), _key_format(F)
+    return OrderedPairs(
+        keys=empty(indices, P * key_dtype.itemsize // 2, dtype=torch.int16),
+        order=empty(indices, P, dtype=torch.int64),
+        segments=empty(indices, F, 2, dtype=torch.int32),
+        coefs=empty(indices, P, dtype=dtype),
+        link=empty(indices, P, dtype=torch.int32),
+    )
 
 
-def make_keys(indices: torch.Tensor, F: int) -> torch.Tensor:
-    """The keys of all pairs, where no kernel has written them."""
+def sort_pairs(pairs: OrderedPairs, indices: torch.Tensor) -> None:
+    """Write ``keys`` and ``order`` from indices [B, K]."""
+    F, P = pairs.segments.shape[0], indices.numel()
     dtype, key_shift = _key_format(F)
-    return (indices.flatten().clamp(0, F - 1) - key_shift).to(dtype).view(torch.int16)
+    unsorted, keys = indices.new_empty(indices.shape, dtype=dtype), pairs.keys.view(dtype)
+    torch.sub(indices, key_shift, out=unsorted)
+    unsorted = unsorted.view(P)
+    if P <= _MAX_SORT:
+        torch.sort(unsorted, stable=True, out=(keys, pairs.order))
+    else:
+        _merge([torch.sort(part, stable=True) for part in unsorted.split(_MAX_SORT)], F, keys, pairs.order)
 
 
-def order_pairs(
-    keys: torch.Tensor,  # of `new_keys`
+def gather_pairs(
+    pairs: OrderedPairs,  # sorted
     vals: torch.Tensor,  # [B, K], contiguous
-    F: int,
-    dtype: torch.dtype,
     want_slots: bool,
     units: Optional[torch.Tensor] = None,  # [B]
-) -> OrderedPairs:
-    """Order the pairs by feature, with ``slots`` for rows that are yet to be written in this order, else with
-    ``samples`` for rows that lie by sample. A feature out of range counts as the nearest one in range, whose gradient
-    becomes NaN with that of the sample."""
+) -> None:
+    """Write ``segments``, ``coefs`` and ``link``: the slots for rows that are yet to be written in this order, else the
+    samples for rows that lie by sample."""
     K, P = vals.shape[1], vals.numel()
-    keys, order = _sort(keys, F)
-    pairs = OrderedPairs(keys, order, *_new_segments_coefs_link(order, F, dtype))
     _gather_pairs_kernel[(cdiv(P, _FLAT_BLOCK),)](
-        pairs.segments,
+        pairs.segments.zero_(),
         pairs.coefs,
         None if want_slots else pairs.link,
         pairs.link if want_slots else None,
-        keys,
-        order,
+        pairs.keys,
+        pairs.order,
         vals,
         units,
         P,
         K,
-        F,
+        pairs.segments.shape[0],
         BLOCK=_FLAT_BLOCK,
-    )
-    return pairs
-
-
-def order_pairs_fake(indices: torch.Tensor, F: int, dtype: torch.dtype) -> OrderedPairs:
-    """Tensors of the shapes and dtypes of `order_pairs`."""
-    order = indices.new_empty(indices.numel(), dtype=torch.int64)
-    return OrderedPairs(new_keys(indices, F), order, *_new_segments_coefs_link(order, F, dtype))
-
-
-def _new_segments_coefs_link(order, F, dtype):
-    P = order.numel()
-    return (
-        order.new_zeros(F, 2, dtype=torch.int32),
-        order.new_empty(P, dtype=dtype),
-        order.new_empty(P, dtype=torch.int32),
     )
 
 
@@ -379,34 +350,26 @@ def _key_format(F):
     return (torch.int16, 2**15) if _MAX_NARROW_F.value >= F else (torch.int32, 0)
 
 
-def _sort(keys, F):
-    """Keys in ascending order, and that order, which is stable."""
-    dtype, _ = _key_format(F)
-    parts = [torch.sort(part, stable=True) for part in keys.view(dtype).split(_MAX_SORT)]
-    keys, order = parts[0] if len(parts) == 1 else _merge(parts, F)
-    return keys.view(torch.int16), order
-
-
-def _merge(parts, F):
-    """One order, and its keys, from those of consecutive parts. (By torch's kernels: one of ours would be compiled when
-    the first batch of such a size comes.)"""
-    (keys, order), (dtype, key_shift) = parts[0], _key_format(F)
-    all_keys = (torch.arange(F, device=keys.device) - key_shift).to(dtype)
-    ends = torch.stack([torch.searchsorted(keys, all_keys, right=True) for keys, _ in parts])  # [parts, F]
+def _merge(parts, F, merged_keys, merged_order):
+    """Write one order, and its keys, from those of consecutive parts. (By torch's kernels: one of ours would be
+    compiled when the first batch of such a size comes.)"""
+    dtype, key_shift = _key_format(F)
+    features = (torch.arange(F, device=merged_keys.device) - key_shift).to(dtype)
+    # Where the pairs of each feature end in each part: [parts, F]. The last feature has those out of range.
+    ends = torch.stack([torch.searchsorted(keys, features, right=True) for keys, _ in parts])
+    ends[:, -1] = torch.tensor([keys.numel() for keys, _ in parts])
     counts = ends.diff(dim=1, prepend=ends.new_zeros(len(parts), 1))
     # A feature's pairs lie part after part: by how far each segment of each part moves.
     shifts = counts.sum(0).cumsum(0) - counts.sum(0) + counts.cumsum(0) - ends
-    total = sum(keys.numel() for keys, _ in parts)
-    merged_keys, merged_order, offset = keys.new_empty(total), order.new_empty(total), 0
+    offset = 0
     for (keys, order), shift in zip(parts, shifts):
         for start in range(0, keys.numel(), _MERGE_BLOCK):
             block = keys[start : start + _MERGE_BLOCK]
             places = torch.arange(start, start + block.numel(), device=keys.device)
-            places += shift[block.long() + key_shift]
+            places += shift[(block.long() + key_shift).clamp_(0, F - 1)]
             merged_keys[places] = block
             merged_order[places] = offset + order[start : start + _MERGE_BLOCK]
         offset += keys.numel()
-    return merged_keys, merged_order
 
 
 def new_sums(pairs: OrderedPairs, weight: torch.Tensor) -> torch.Tensor:
@@ -474,6 +437,8 @@ def sum_pairs(
         DOTS=dots is not None,
         # A sample's row is read by many features, a row in the order by one.
         ROWS_POLICY="evict_first" if samples is None else "",
+        # Not where sums are float64: both forms together would spill registers.
+        ENDS_IN_HALF=scale.dtype == torch.float32 and 0 < D % block_d <= block_d // 2,
         # Enough pairs at a time to keep a warp's loads busy. Swept over 1 to 16 on an H200: flat to within 5%.
         BLOCK_P=min(8, (2 * SUM_BLOCK_D if samples is None else SUM_BLOCK_D) // block_d),
         BLOCK_D=block_d,

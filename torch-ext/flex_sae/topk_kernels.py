@@ -19,11 +19,13 @@ import triton.language as tl
 
 from ._ops import add_op_namespace_prefix, ops
 from .checks import (
+    beside,
     cdiv,
     check_inputs,
     compute_dtype,
     device_of,
     lane_columns,
+    mark,
     new_empty,
     next_power_of_2,
     refuse_second_derivative,
@@ -37,13 +39,12 @@ from .pairs import (
     SUM_BLOCK_D,
     OrderedPairs,
     finish,
+    gather_pairs,
     load_pairs,
-    new_keys,
+    new_pairs,
     new_pieces,
     new_sums,
-    order_pairs,
-    order_pairs_fake,
-    store_keys,
+    sort_pairs,
     sum_pairs,
 )
 
@@ -57,7 +58,6 @@ _FORWARD_BLOCK_K, _TWO_ROWS_BLOCK_K = 32, 8
 def _topk_forward_kernel(
     loss_ptr,  # [cdiv(D, BLOCK_D), B], this tile's share of the loss
     recon_grad_ptr,  # [B, width], g and zeros
-    keys_ptr,  # [B * K], or None
     indices_ptr,  # [B, K]
     weight_ptr,  # [F, D]
     vals_ptr,  # [B, K]
@@ -83,8 +83,6 @@ def _topk_forward_kernel(
     in_row = cols < D
     dtype: tl.constexpr = loss_ptr.dtype.element_ty
 
-    if keys_ptr is not None:
-        store_keys(keys_ptr, indices_ptr, b, tile, K, F, BLOCK_K)
     bias = tl.load(bias_ptr + cols, mask=in_row, other=0.0).to(dtype)
     target = tl.load(target_ptr + b * target_stride + cols, mask=in_row, other=0.0).to(dtype)
     residual = bias - target
@@ -136,12 +134,12 @@ def _topk_forward(
     width = _row_width(weight, dtype)
     two_rows = weight.dtype == torch.float32 and weight.stride(0) % 4 == 0
     recon_grad = new_empty(weight, *((B, width) if needs_grad else (0,)), dtype=dtype)
-    keys = new_keys(indices, F) if needs_pairs else None
+    pairs = new_pairs(indices, F, dtype) if needs_pairs else ()
     with device_of(weight):
+        before = mark(B * K * D, weight) if needs_pairs else None
         _topk_forward_kernel[(B, tiles)](
             shares,
             recon_grad,
-            keys,
             indices,
             weight,
             vals,
@@ -161,9 +159,11 @@ def _topk_forward(
             BLOCK_D=block_d,
             num_warps=1,
         )
-        # The host has time for this while the device computes the loss, more than in the backward pass.
-        pairs = list(order_pairs(keys, vals, F, dtype, want_slots=False)) if needs_pairs else []
-    return shares.sum(), recon_grad, pairs
+        if needs_pairs:
+            with beside(before):
+                sort_pairs(pairs, indices)
+                gather_pairs(pairs, vals, want_slots=False)
+    return shares.sum(), recon_grad, list(pairs)
 
 
 def _row_width(weight, dtype):
@@ -187,6 +187,8 @@ def _topk_backward(
     D = weight.shape[1]
     weight_grad = vals_grad = bias_grad = None
     with device_of(weight):
+        if needs_bias:  # first, while g is in the L2 cache
+            bias_grad = sum_columns(recon_grad, D, grad_out).to(bias_dtype)
         if needs_weight or needs_vals:
             pairs = OrderedPairs(*pairs)
             pieces = dots = None
@@ -198,8 +200,6 @@ def _topk_backward(
                 dots = new_empty(recon_grad, cdiv(D, SUM_BLOCK_D), vals.numel())
             sum_pairs(pairs, recon_grad, pairs.link, weight, grad_out, weight_grad, pieces, dots)
             finish(pairs, grad_out, weight_grad, pieces, vals_grad, dots)
-        if needs_bias:
-            bias_grad = sum_columns(recon_grad, D, grad_out).to(bias_dtype)
     return (
         weight_grad if needs_weight else weight.new_empty(0),
         vals_grad if needs_vals else vals.new_empty(0),
@@ -227,7 +227,7 @@ def _topk_forward_fake(indices, weight, vals, bias, target, needs_grad, needs_pa
     dtype = compute_dtype(weight, vals, bias, target)
     shape = (target.shape[0], _row_width(weight, dtype)) if needs_grad else (0,)
     recon_grad = weight.new_empty(shape, dtype=dtype)
-    pairs = list(order_pairs_fake(indices, weight.shape[0], dtype)) if needs_pairs else []
+    pairs = list(new_pairs(indices, weight.shape[0], dtype, torch.Tensor.new_empty)) if needs_pairs else []
     return recon_grad.new_empty(()), recon_grad, pairs
 
 
