@@ -16,7 +16,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _MAX_F, _MAX_D = 2**31 - 2**13, 2**20
 # 32 bits hold the place of a pair, also where a program computes those of a window past the last one.
 _MAX_PAIRS = 2**32 - 2**22
-# A forward kernel of so many terms takes as long as the host takes to use a second stream.
+# Terms of a forward kernel from which a second stream is used. On an H200 the device's time of a TopK step is 8, 20, 35
+# us less with it at 2**24.6, 2**26.2, 2**27.2 terms, and the host's 40 to 80 us more.
 _WORTH_A_STREAM = 2**27
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

@@ -357,7 +357,8 @@ def _merge(parts, F, merged_keys, merged_order):
     features = (torch.arange(F, device=merged_keys.device) - key_shift).to(dtype)
     # Where the pairs of each feature end in each part: [parts, F]. The last feature has those out of range.
     ends = torch.stack([torch.searchsorted(keys, features, right=True) for keys, _ in parts])
-    ends[:, -1] = torch.tensor([keys.numel() for keys, _ in parts])
+    for end, (keys, _) in zip(ends, parts):
+        end[-1] = keys.numel()
     counts = ends.diff(dim=1, prepend=ends.new_zeros(len(parts), 1))
     # A feature's pairs lie part after part: by how far each segment of each part moves.
     shifts = counts.sum(0).cumsum(0) - counts.sum(0) + counts.cumsum(0) - ends
