@@ -45,7 +45,8 @@ def launch_everything(flex, dtype, B, F):
     ops, K, D = flex._ops.ops, 32, 768  # columns that end in half a tile of the sums
     accumulation = torch.promote_types(dtype, torch.float32)
     indices = torch.arange(B * K).view(B, K) % F
-    weight, target = torch.empty(F, D, dtype=dtype), torch.empty(B, D, dtype=dtype)
+    # A single row with another stride, as it has in a transposed column
+    weight, target = (torch.empty(D, n, dtype=dtype).t() if n == 1 else torch.empty(n, D, dtype=dtype) for n in (F, B))
     vals, bias = torch.empty(B, K, dtype=dtype), torch.empty(D, dtype=dtype)
     scalar, state = torch.empty((), dtype=accumulation), torch.empty(B, D, dtype=accumulation)
     inputs = indices, weight, vals, bias, target

@@ -8,6 +8,7 @@ import torch
 from support import (
     INTERPRETED,
     LOSSES,
+    Problem,
     Result,
     assert_agree,
     assert_right,
@@ -370,14 +371,17 @@ def test_a_captured_graph_replays_on_fresh_data(flex, kind, dtype):
 @needs_cuda
 @pytest.mark.usefixtures("streams")
 @pytest.mark.parametrize("kind", LOSSES)
-def test_work_goes_to_the_current_stream(flex, kind):
-    problem = make_problem(640, 20, 500, 320, device="cuda")
-    late = problem._replace(weight=torch.full_like(problem.weight, float("nan")))
-    run(triton_loss(flex, kind), problem)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "padded"])
+def test_work_goes_to_the_current_stream(flex, kind, dtype, layout):
+    problem = make_problem(640, 20, 500, 320, device="cuda", dtypes=dtype)
+    late = Problem(*(laid_out(torch.zeros_like(tensor), layout) for tensor in problem))
+    run(triton_loss(flex, kind), late)  # compiles
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):
-        torch.cuda._sleep(100_000_000)  # tens of milliseconds: on another stream the launches would read the NaNs
-        late.weight.copy_(problem.weight)
+        torch.cuda._sleep(100_000_000)  # tens of milliseconds: a launch that does not wait would read the zeros
+        for tensor, values in zip(late, problem, strict=True):
+            tensor.copy_(values)
         result = run(triton_loss(flex, kind), late)
     torch.cuda.synchronize()
     assert_right(kind, problem, result)
@@ -391,7 +395,9 @@ def test_a_second_stream_changes_no_bit(flex, monkeypatch, kind, dtype):
     problem = make_problem(2048, 32, 3000, 2048, device="cuda", dtypes=dtype, pattern="one_hot_feature")
     assert problem.vals.numel() * problem.target.shape[1] >= checks._WORTH_A_STREAM
     with deterministic_algorithms():
-        many = [run(triton_loss(flex, kind), problem) for _ in range(10)]  # no wait in between: memory is used again
+        run(triton_loss(flex, kind), problem)
+        torch.cuda._sleep(100_000_000)  # so that the device works without a pause on memory that is used again
+        many = [run(triton_loss(flex, kind), problem) for _ in range(10)]
         monkeypatch.setattr(checks, "_WORTH_A_STREAM", math.inf)
         one = run(triton_loss(flex, kind), problem)
     for name in Result._fields:

@@ -14,7 +14,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # A launch takes fewer than 2**31 programs in its first dimension, which are samples, or features and up to 2**12 pieces
 # of heavy ones, and at most 65535 in the second, tiles of 32 columns or more.
 _MAX_F, _MAX_D = 2**31 - 2**13, 2**20
-# 32 bits hold the place of a pair, also where a program computes those of a window past the last one.
+# 32 bits hold the place of a pair, also of the few past the last one at which a program looks in advance.
 _MAX_PAIRS = 2**32 - 2**22
 # Terms of a forward kernel from which a second stream is used. On an H200 the device's time of a TopK step is 8, 20, 35
 # us less with it at 2**24.6, 2**26.2, 2**27.2 terms, and the host's 40 to 80 us more.
@@ -84,6 +84,9 @@ def runs_triton(indices: torch.Tensor) -> bool:
 
 def unit_stride_rows(tensor: torch.Tensor) -> torch.Tensor:
     """``tensor`` itself where its rows can be read in place, else a contiguous copy."""
+    if tensor.shape[0] == 1 and tensor.stride(1) == 1:
+        # The stride of a single row means nothing, but another one could mean another compilation.
+        return tensor.as_strided(tensor.shape, (tensor.shape[1], 1))
     return tensor if tensor.stride(1) == 1 else tensor.contiguous()
 
 
@@ -106,12 +109,12 @@ def mark(terms: int, tensor: torch.Tensor) -> Optional[tuple]:
 @contextlib.contextmanager
 def beside(point: Optional[tuple]):
     """Launches in here need not wait for what the current stream has got since ``point``; what it gets next waits for
-    them. They write to memory that exists: new memory would belong to another stream."""
+    them. Memory that is allocated in here belongs to another stream: it must not outlive the block."""
     if point is None:
         yield
         return
     current, event = point
-    other = _other_stream(current.device)
+    other = _other_stream(current)
     other.wait_event(event)
     try:
         with getattr(torch, current.device.type).stream(other):
@@ -121,9 +124,10 @@ def beside(point: Optional[tuple]):
 
 
 @functools.cache
-def _other_stream(device):
-    # Of high priority: its few programs do not queue behind the many of a kernel that came first.
-    return getattr(torch, device.type).Stream(device, priority=-1)
+def _other_stream(current):
+    # One for each current stream, or those would wait for each other. Of high priority: its few programs do not queue
+    # behind the many of a kernel that came first.
+    return getattr(torch, current.device.type).Stream(current.device, priority=-1)
 
 
 def select(

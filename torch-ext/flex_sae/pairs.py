@@ -286,8 +286,8 @@ class OrderedPairs(NamedTuple):
     """The P = B * K pairs ordered by feature, those of one feature by their place in ``indices.flatten()``. A feature
     out of range counts as one in range, whose gradient becomes NaN with that of the sample."""
 
-    # The features, less 2**15, as int16 where they fit, else as int32. In kernels one dtype, or another F would mean
-    # another compilation: int16 [2 * P] are int32 [P].
+    # int16(feature - 2**15) up to F = 2**16, else int32(feature), features out of range included: `_load_feature` reads
+    # them. Of one dtype, or another F would mean another compilation of kernels: int32 [P] is int16 [2 * P].
     keys: torch.Tensor
     order: torch.Tensor  # [P] int64, places in indices.flatten()
     segments: torch.Tensor  # [F, 2] uint32 (as int32), where a feature's pairs start and end; zeros if it has none
@@ -308,12 +308,11 @@ def new_pairs(indices: torch.Tensor, F: int, dtype: torch.dtype, empty=new_empty
 
 
 def sort_pairs(pairs: OrderedPairs, indices: torch.Tensor) -> None:
-    """Write ``keys`` and ``order`` from indices [B, K]."""
+    """Write ``keys`` and ``order`` from indices [B, K], contiguous."""
     F, P = pairs.segments.shape[0], indices.numel()
     dtype, key_shift = _key_format(F)
-    unsorted, keys = indices.new_empty(indices.shape, dtype=dtype), pairs.keys.view(dtype)
-    torch.sub(indices, key_shift, out=unsorted)
-    unsorted = unsorted.view(P)
+    unsorted, keys = new_empty(indices, P, dtype=dtype), pairs.keys.view(dtype)
+    torch.sub(indices.view(P), key_shift, out=unsorted)
     if P <= _MAX_SORT:
         torch.sort(unsorted, stable=True, out=(keys, pairs.order))
     else:
@@ -355,7 +354,7 @@ def _merge(parts, F, merged_keys, merged_order):
     compiled when the first batch of such a size comes.)"""
     dtype, key_shift = _key_format(F)
     features = (torch.arange(F, device=merged_keys.device) - key_shift).to(dtype)
-    # Where the pairs of each feature end in each part: [parts, F]. The last feature has those out of range.
+    # Where the pairs of each feature end in each part: [parts, F]. The last feature has those beyond it, too.
     ends = torch.stack([torch.searchsorted(keys, features, right=True) for keys, _ in parts])
     for end, (keys, _) in zip(ends, parts):
         end[-1] = keys.numel()
