@@ -60,7 +60,7 @@ def give_memory_back():
         *((case, "uniform", False, dtype) for case in CASES for dtype in (torch.float32, torch.bfloat16)),
         ("F * D > 2**31", "one_hot_feature", False, torch.float32),  # the copies lie behind all rows
         ("B * K > 2**31", "uniform", True, torch.float32),
-        # Half of the pairs have one feature: a sum of 2**30 numbers is right to no more than 16 bits.
+        # Half of the pairs have one feature: in a sum of 2**30 numbers rounding alone may exceed the limit for float32.
         ("B * K > 2**31", "one_hot_feature", True, torch.bfloat16),
     ],
 )

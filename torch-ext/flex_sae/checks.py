@@ -84,10 +84,10 @@ def runs_triton(indices: torch.Tensor) -> bool:
 
 def unit_stride_rows(tensor: torch.Tensor) -> torch.Tensor:
     """``tensor`` itself where its rows can be read in place, else a contiguous copy."""
-    if tensor.shape[0] == 1 and tensor.stride(1) == 1:
-        # The stride of a single row means nothing, but another one could mean another compilation.
-        return tensor.as_strided(tensor.shape, (tensor.shape[1], 1))
-    return tensor if tensor.stride(1) == 1 else tensor.contiguous()
+    if tensor.stride(1) != 1:
+        tensor = tensor.contiguous()
+    # The stride of a single row means nothing, but another one could mean another compilation.
+    return tensor if tensor.shape[0] > 1 else tensor.as_strided(tensor.shape, (tensor.shape[1], 1))
 
 
 def device_of(tensor: torch.Tensor):

@@ -45,7 +45,8 @@ _SPARSE = 2
 _MAX_NARROW_F = tl.constexpr(2**16)
 # torch.sort takes at most this many elements along a dimension.
 _MAX_SORT = 2**31 - 1
-# Pairs of which a merge of several sorts computes the places at a time.
+# Pairs of which a merge of several sorts computes the places at a time: a few hundred MB beside the tens of GB that so
+# many pairs take.
 _MERGE_BLOCK = 2**24
 
 
@@ -70,7 +71,7 @@ def load_pairs(
 
 @triton.jit
 def _load_feature(keys_ptr, p, exists, F):
-    """The feature of pair p in the order, from its key."""
+    """The feature of pair p in the order, from its key; one in range for one out of range."""
     if F <= _MAX_NARROW_F:
         feature = tl.load(keys_ptr + p, mask=exists, other=0).to(tl.int32) + 2**15
     else:
