@@ -86,13 +86,15 @@ def test_a_training_step_keeps_one_tensor_the_size_of_target(flex, device, kind,
     problem = make_problem(B, K, F, D, device=device)
     for name in names:
         getattr(problem, name).requires_grad_()
-    # And where it is needed the order of the pairs, 18 bytes for each and 8 for each feature, or the plan of copies.
+    # And where it is needed the order of the pairs, 18 bytes for each, 8 for each of bias and for each feature, or the
+    # plan of copies.
     ordered = "weight" in names and deterministic if kind == "hierarchical" else names != ("bias", "target")
     planned = kind == "hierarchical" and "weight" in names and not deterministic
     with deterministic_algorithms(deterministic):
         saved = saved_bytes(triton_loss(flex, kind), problem)
     width = 48 if kind == "topk" else D  # rows of TopK's gradient are a multiple of 16 long
-    assert saved == 4 * B * width + ordered * (18 * B * K + 8 * F) + planned * 4 * (F + 1 + 2048)
+    bias_pairs = B if kind == "topk" else 0
+    assert saved == 4 * B * width + ordered * (18 * B * K + 8 * bias_pairs + 8 * F) + planned * 4 * (F + 1 + 2048)
 
 
 @pytest.mark.parametrize("kind", LOSSES)

@@ -11,10 +11,12 @@ import torch
 # triton.jit decides at import whether kernels are interpreted, so this is decided at import too.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-# A launch takes fewer than 2**31 programs in its first dimension, which are samples, or features and up to 2**12 pieces
-# of heavy ones, and at most 65535 in the second, tiles of 32 columns or more.
-_MAX_F, _MAX_D = 2**31 - 2**13, 2**20
-# 32 bits hold the place of a pair, also of the few past the last one at which a program looks in advance.
+# A launch takes fewer than 2**31 programs in its first dimension, which are samples, or features and pieces of heavy
+# ones and of bias (up to 2**12 and, the square root of B, 46342), and at most 65535 in the second, tiles of 32 columns
+# or more.
+_MAX_F, _MAX_D = 2**31 - 2**16, 2**20
+# 32 bits hold the place of a pair, those of bias included, also of the few past the last one at which a program looks
+# in advance.
 _MAX_PAIRS = 2**32 - 2**22
 # Terms of a forward kernel from which a second stream is used. On an H200 the device's time of a TopK step is 8, 20, 35
 # us less with it at 2**24.6, 2**26.2, 2**27.2 terms, and the host's 40 to 80 us more.
@@ -54,9 +56,10 @@ def check_inputs(
     if F == 0 or D == 0:
         raise ValueError(f"weight must have shape [F, D] with F >= 1 and D >= 1, got {(F, D)}")
     if F > _MAX_F or D > _MAX_D:
-        raise ValueError(f"weight must have shape [F, D] with F <= 2**31 - 2**13 and D <= 2**20, got {(F, D)}")
-    if B >= 2**31 or B * K > _MAX_PAIRS:
-        raise ValueError(f"indices must have shape [B, K] with B < 2**31 and B * K <= 2**32 - 2**22, got {(B, K)}")
+        raise ValueError(f"weight must have shape [F, D] with F <= 2**31 - 2**16 and D <= 2**20, got {(F, D)}")
+    if B >= 2**31 or B * (K + 1) > _MAX_PAIRS:
+        limits = "B < 2**31 and B * (K + 1) <= 2**32 - 2**22"
+        raise ValueError(f"indices must have shape [B, K] with {limits}, got {(B, K)}")
     for name, dims, shape in (("vals", "[B, K]", (B, K)), ("bias", "[D]", (D,)), ("target", "[B, D]", (B, D))):
         if tensors[name].shape != shape:
             raise ValueError(f"{name} must have shape {dims} = {shape}, got {tuple(tensors[name].shape)}")

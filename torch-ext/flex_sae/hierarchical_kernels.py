@@ -487,7 +487,7 @@ def _hierarchical_forward_fake(indices, weight, vals, bias, target, needs_suffix
     suffix = weight.new_empty(target.shape if needs_suffix else (0,), dtype=dtype)
     units = suffix.new_empty(target.shape[0] if needs_suffix and _narrow_scratch(weight, dtype) else 0)
     plan = new_plan(indices, weight.shape[0]) if needs_plan else indices.new_empty(0)
-    pairs = list(new_pairs(indices, weight.shape[0], dtype, torch.Tensor.new_empty)) if needs_pairs else []
+    pairs = list(new_pairs(indices, weight.shape[0], dtype, empty=torch.Tensor.new_empty)) if needs_pairs else []
     return suffix.new_empty(()), suffix, units, plan, pairs
 
 
@@ -564,8 +564,8 @@ def triton_hierarchical_sae_loss(
 
     Raises:
         TypeError: an argument is no tensor or has another dtype.
-        ValueError: shapes or devices do not fit together, or B >= 2**31, B * K > 2**32 - 2**22, F > 2**31 - 2**13 or
-            D > 2**20.
+        ValueError: shapes or devices do not fit together, or B >= 2**31, B * (K + 1) > 2**32 - 2**22, F > 2**31 - 2**16
+            or D > 2**20.
     """
     check_inputs(indices, weight, vals, bias, target)
     if not runs_triton(indices):

@@ -11,8 +11,12 @@ no pair. The same pass can take the dot products <weight[f], rows[p]> of the gra
 Dictionaries are skewed: one feature may hold a large part of all pairs. A feature of more than ``window`` pairs is
 therefore cut at every multiple of ``window`` in the order. Each piece has a program of its own, and a second kernel
 adds the pieces of a feature in order.
+
+A bias is one more feature, which every sample has with a val of 1. Its pairs, if they are wanted, follow all others in
+the order, and it is always summed in pieces.
 """
 
+import math
 from typing import NamedTuple, Optional
 
 import torch
@@ -38,6 +42,8 @@ _FLAT_BLOCK = 256
 # fastest. On an H200 (B=4096, K=128, D=2304) they take 17 us; with 32, 128, 256 pairs 15, 20, 20 us, at B=8192 25, 27,
 # 30 instead of 21. Other numbers of pieces and columns gain there what they lose on Zipf(1) indices.
 _FINISH_BLOCK_P, _FINISH_BLOCK_W, _FINISH_BLOCK_D = 64, 4, 256
+# Pieces of bias and columns of such a program. Others (8, 16, 64 pieces, 32, 128 columns) are no faster.
+_BIAS_BLOCK_W, _BIAS_BLOCK_D = 32, 64
 # From this many features a pair on, most of them have none. On an H200 (B=4096, D=2304, F=262144) a TopK step with
 # K=8, 16, 32, 64 takes 0.91, 1.12, 1.50, 2.14 ms with a program for each pair, 1.54, 1.55, 1.69, 1.94 for each feature.
 _SPARSE = 2
@@ -45,6 +51,8 @@ _SPARSE = 2
 _MAX_NARROW_F = tl.constexpr(2**16)
 # torch.sort takes at most this many elements along a dimension.
 _MAX_SORT = 2**31 - 1
+# Arguments that another B or F changes: kernels are not compiled again for them.
+_SIZES = ("P", "F", "window", "windows", "bias_pairs", "bias_window", "bias_windows", "by_pair", "first_tile")
 # Pairs of which a merge of several sorts computes the places at a time: a few hundred MB beside the tens of GB that so
 # many pairs take.
 _MERGE_BLOCK = 2**24
@@ -79,11 +87,11 @@ def _load_feature(keys_ptr, p, exists, F):
     return tl.minimum(tl.maximum(feature, 0), F - 1)
 
 
-@triton.jit(do_not_specialize=["P", "F"])
+@triton.jit(do_not_specialize=_SIZES)
 def _gather_pairs_kernel(
     segments_ptr,  # [F, 2], zeros
-    coefs_ptr,  # [P]
-    samples_ptr,  # [P] or None
+    coefs_ptr,  # [P + bias_pairs]
+    samples_ptr,  # [P + bias_pairs] or None
     slots_ptr,  # [B * K] or None
     keys_ptr,  # [P], see `OrderedPairs`
     order_ptr,  # [P]
@@ -92,17 +100,19 @@ def _gather_pairs_kernel(
     P: tl.int64,
     K,
     F,
+    bias_pairs,
     BLOCK: tl.constexpr,
 ):
     p = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     exists = p < P
+    exists_with_bias = p < P + bias_pairs
     pair = tl.load(order_ptr + p, mask=exists, other=0)
     coef = tl.load(vals_ptr + pair, mask=exists, other=0.0).to(coefs_ptr.dtype.element_ty)
     if units_ptr is not None:
         coef *= tl.load(units_ptr + pair // K, mask=exists, other=0.0)
-    tl.store(coefs_ptr + p, coef, mask=exists)
+    tl.store(coefs_ptr + p, tl.where(exists, coef, 1.0), mask=exists_with_bias)
     if samples_ptr is not None:
-        tl.store(samples_ptr + p, pair // K, mask=exists)
+        tl.store(samples_ptr + p, tl.where(exists, pair // K, p - P), mask=exists_with_bias)
     if slots_ptr is not None:
         tl.store(slots_ptr + pair, p, mask=exists)
 
@@ -131,17 +141,14 @@ def _load_row_ids(samples_ptr, p, end):
         return tl.load(samples_ptr + p, mask=p < end, other=0).to(tl.int64)
 
 
-@triton.jit(
-    do_not_specialize=["P", "F", "window", "windows", "by_pair", "first_tile"],
-    do_not_specialize_on_alignment=["scale_ptr"],
-)
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=["scale_ptr"])
 def _sum_pairs_kernel(
     out_ptr,  # [F, D]
-    pieces_ptr,  # [2 * windows, D]
-    dots_ptr,  # [cdiv(D, BLOCK_D), P], a tile's share of <weight[feature of p], rows[p]>
+    pieces_ptr,  # [2 * windows + bias_windows, D]
+    dots_ptr,  # [cdiv(D, BLOCK_D), P + bias_pairs], a tile's share of <weight[feature of p], rows[p]>; of bias unused
     rows_ptr,  # [B, width], the row of pair p at samples[p]; without samples [P, width], at p
-    samples_ptr,  # [P] or None
-    coefs_ptr,  # [P]
+    samples_ptr,  # [P + bias_pairs] or None
+    coefs_ptr,  # [P + bias_pairs]
     keys_ptr,  # [P], see `OrderedPairs`
     segments_ptr,  # [F, 2]
     weight_ptr,  # [F, D]
@@ -153,6 +160,9 @@ def _sum_pairs_kernel(
     F,
     window,
     windows,
+    bias_pairs,
+    bias_window,
+    bias_windows,
     by_pair,  # a program for every pair, and out is zero, instead of a program for every feature
     first_tile,  # the tile of out at which rows start
     SUMS: tl.constexpr,
@@ -165,8 +175,9 @@ def _sum_pairs_kernel(
     # Feature fastest: all features walk the same columns of rows while they sit in the L2 cache. The pieces of heavy
     # features, which take longest, go first.
     pid = tl.program_id(0)
-    is_piece = pid < 2 * windows
-    if is_piece:
+    pieces = 2 * windows + bias_windows
+    is_piece = pid < pieces
+    if pid < 2 * windows:
         # A window meets at most two heavy features: one that reaches its start, one that reaches its end.
         first = (pid // 2).to(tl.int64) * window
         stop = tl.minimum(first + window, P)
@@ -175,8 +186,13 @@ def _sum_pairs_kernel(
         active = (end - start > window) & ((pid % 2 == 0) | (start > first))
         start = tl.maximum(start, first)
         end = tl.minimum(end, stop)
+    elif is_piece:
+        feature = 0
+        start = P + (pid - 2 * windows).to(tl.int64) * bias_window
+        end = tl.minimum(start + bias_window, P + bias_pairs)
+        active = SUMS & (start < end)
     else:
-        rank = pid - 2 * windows
+        rank = pid - pieces
         feature = rank
         if by_pair:
             feature = _load_feature(keys_ptr, rank, True, F)
@@ -218,7 +234,7 @@ def _sum_pairs_kernel(
                 if SUMS:
                     total += tl.sum(coef[:, None] * x, axis=0)
                 if DOTS:
-                    tl.store(dots_ptr + tile * P + p, tl.sum(weight * x, axis=1), mask=p < p_end)
+                    tl.store(dots_ptr + tile * (P + bias_pairs) + p, tl.sum(weight * x, axis=1), mask=p < p_end)
                 # The next pairs are on their way before these rows are summed.
                 p += BLOCK_P * (1 + HALF)
                 row = _load_row_ids(samples_ptr, p, p_end)
@@ -231,12 +247,13 @@ def _sum_pairs_kernel(
                     tl.store(out_ptr + out_row * D + cols, total, mask=in_row, eviction_policy="evict_first")
 
 
-@triton.jit(do_not_specialize=["P", "F", "window", "windows"], do_not_specialize_on_alignment=["scale_ptr"])
+@triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=["scale_ptr"])
 def _finish_kernel(
     out_ptr,  # [F, D], or None
-    pieces_ptr,  # [2 * windows, D]
+    pieces_ptr,  # [2 * windows + bias_windows, D]
+    bias_grad_ptr,  # [D], or None
     vals_grad_ptr,  # [B * K], or None
-    dots_ptr,  # [dot_tiles, P]
+    dots_ptr,  # [dot_tiles, P + bias_pairs]
     order_ptr,  # [P]
     keys_ptr,  # [P], see `OrderedPairs`
     segments_ptr,  # [F, 2]
@@ -246,12 +263,16 @@ def _finish_kernel(
     F,
     window,
     windows,
+    bias_pairs,
+    bias_windows,
     dot_tiles,
     BLOCK_W: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BIAS_BLOCK_W: tl.constexpr,
+    BIAS_BLOCK_D: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    # Two small jobs that share a launch: every program does a part of each.
+    # Small jobs that share a launch: every program does a part of each.
     pid = tl.program_id(0)
     scale = tl.load(scale_ptr)
     if vals_grad_ptr is not None:
@@ -260,7 +281,7 @@ def _finish_kernel(
         dot = tl.zeros([BLOCK_P], scale.dtype)
         for _ in range(dot_tiles):
             dot += tl.load(dots_ptr + p, mask=exists, other=0.0)
-            dots_ptr += P
+            dots_ptr += P + bias_pairs
         tl.store(vals_grad_ptr + tl.load(order_ptr + p, mask=exists, other=0), dot * scale, mask=exists)
     if out_ptr is not None:
         # The window in which a heavy feature starts adds up its pieces. The feature is the last one of that window.
@@ -282,6 +303,18 @@ def _finish_kernel(
                 total += tl.sum(rows, axis=0)
             tl.store(out_ptr + feature.to(tl.int64) * D + cols, total * scale, mask=in_row)
 
+    if bias_grad_ptr is not None:
+        bias_cols = pid * BIAS_BLOCK_D + tl.arange(0, BIAS_BLOCK_D)
+        if pid * BIAS_BLOCK_D < D:
+            bias_grad = tl.zeros([BIAS_BLOCK_D], scale.dtype)
+            for w0 in range(0, bias_windows, BIAS_BLOCK_W):
+                ws = w0 + tl.arange(0, BIAS_BLOCK_W)
+                piece = 2 * windows + ws.to(tl.int64)
+                mask = (ws < bias_windows)[:, None] & (bias_cols < D)[None, :]
+                rows = tl.load(pieces_ptr + (piece * D)[:, None] + bias_cols[None, :], mask=mask, other=0.0)
+                bias_grad += tl.sum(rows, axis=0)
+            tl.store(bias_grad_ptr + bias_cols, bias_grad * scale, mask=bias_cols < D)
+
 
 class OrderedPairs(NamedTuple):
     """The P = B * K pairs ordered by feature, those of one feature by their place in ``indices.flatten()``. A feature
@@ -292,19 +325,20 @@ class OrderedPairs(NamedTuple):
     keys: torch.Tensor
     order: torch.Tensor  # [P] int64, places in indices.flatten()
     segments: torch.Tensor  # [F, 2] uint32 (as int32), where a feature's pairs start and end; zeros if it has none
-    coefs: torch.Tensor  # [P], vals in this order, times the unit of their sample
-    link: torch.Tensor  # [P] samples, order // K; or [B * K] slots, the inverse of order, uint32 (as int32)
+    # Those of bias, if it has pairs, come last: B ones, and the B samples.
+    coefs: torch.Tensor  # [P + B], vals in this order, times the unit of their sample
+    link: torch.Tensor  # [P + B] samples, order // K; or [B * K] slots, the inverse of order, uint32 (as int32)
 
 
-def new_pairs(indices: torch.Tensor, F: int, dtype: torch.dtype, empty=new_empty) -> OrderedPairs:
+def new_pairs(indices: torch.Tensor, F: int, dtype: torch.dtype, bias_pairs: int = 0, empty=new_empty) -> OrderedPairs:
     """Memory for the pairs, with ``coefs`` of ``dtype``."""
     P, (key_dtype, _) = indices.numel(), _key_format(F)
     return OrderedPairs(
         keys=empty(indices, P * key_dtype.itemsize // 2, dtype=torch.int16),
         order=empty(indices, P, dtype=torch.int64),
         segments=empty(indices, F, 2, dtype=torch.int32),
-        coefs=empty(indices, P, dtype=dtype),
-        link=empty(indices, P, dtype=torch.int32),
+        coefs=empty(indices, P + bias_pairs, dtype=dtype),
+        link=empty(indices, P + bias_pairs, dtype=torch.int32),
     )
 
 
@@ -328,8 +362,8 @@ def gather_pairs(
 ) -> None:
     """Write ``segments``, ``coefs`` and ``link``: the slots for rows that are yet to be written in this order, else the
     samples for rows that lie by sample."""
-    K, P = vals.shape[1], vals.numel()
-    _gather_pairs_kernel[(cdiv(P, _FLAT_BLOCK),)](
+    K, P, bias_pairs = vals.shape[1], vals.numel(), _bias_pairs(pairs)
+    _gather_pairs_kernel[(cdiv(P + bias_pairs, _FLAT_BLOCK),)](
         pairs.segments.zero_(),
         pairs.coefs,
         None if want_slots else pairs.link,
@@ -341,6 +375,7 @@ def gather_pairs(
         P,
         K,
         pairs.segments.shape[0],
+        bias_pairs,
         BLOCK=_FLAT_BLOCK,
     )
 
@@ -384,9 +419,9 @@ def _is_sparse(pairs):
 
 
 def new_pieces(pairs: OrderedPairs, D: int) -> torch.Tensor:
-    """Memory for the pieces of heavy features [2 * windows, D]."""
-    _, windows = _windows(pairs)
-    return new_empty(pairs.coefs, 2 * windows, D)
+    """Memory for the pieces of heavy features and of bias [2 * windows + bias_windows, D]."""
+    (_, windows), (_, bias_windows) = _windows(pairs), _bias_windows(pairs)
+    return new_empty(pairs.coefs, 2 * windows + bias_windows, D)
 
 
 def _windows(pairs):
@@ -395,26 +430,38 @@ def _windows(pairs):
     return window, cdiv(P, window)
 
 
+def _bias_pairs(pairs):
+    return pairs.coefs.numel() - pairs.order.numel()
+
+
+def _bias_windows(pairs):
+    bias_pairs = _bias_pairs(pairs)
+    # As many rows in a piece as there are pieces.
+    window = max(1, math.isqrt(bias_pairs))
+    return window, cdiv(bias_pairs, window)
+
+
 def sum_pairs(
     pairs: OrderedPairs,
     rows: torch.Tensor,  # [B, width], or without samples [P, width], contiguous
-    samples: Optional[torch.Tensor],  # [P]
+    samples: Optional[torch.Tensor],  # [P + bias pairs]
     weight: torch.Tensor,  # [F, D]
     scale: torch.Tensor,  # 0-dim
     out: Optional[torch.Tensor],  # [F, D], of `new_sums`
-    pieces: Optional[torch.Tensor],  # [2 * windows, D]
-    dots: Optional[torch.Tensor] = None,  # [tiles, P]
+    pieces: Optional[torch.Tensor],  # [2 * windows + bias_windows, D]
+    dots: Optional[torch.Tensor] = None,  # [tiles, P + bias pairs]
     first_column: int = 0,
 ) -> None:
-    """Write ``out[f] = scale * sum of coefs[p] * rows[p]`` over the pairs of each feature f, but for heavy features,
-    whose ``pieces`` are left to `finish`, and ``dots[tile, p]``, a tile's share of ``<weight[f], rows[p]>``. What is
-    None is left out. ``rows`` may hold some columns of the whole, from ``first_column`` on, and end in columns that
+    """Write ``out[f] = scale * sum of coefs[p] * rows[p]`` over the pairs of each feature f, but for heavy features and
+    bias, whose ``pieces`` are left to `finish`, and ``dots[tile, p]``, a tile's share of ``<weight[f], rows[p]>``. What
+    is None is left out. ``rows`` may hold some columns of the whole, from ``first_column`` on, and end in columns that
     are no part of it: zeros if there are dots."""
     (F, D), P, width = weight.shape, pairs.order.numel(), rows.shape[1]
-    window, windows = _windows(pairs)
+    (window, windows), (bias_window, bias_windows) = _windows(pairs), _bias_windows(pairs)
     by_pair = _is_sparse(pairs)
     block_d = min(SUM_BLOCK_D, next_power_of_2(width))
-    _sum_pairs_kernel[(2 * windows + (P if by_pair else F), cdiv(min(width, D - first_column), block_d))](
+    programs = 2 * windows + bias_windows + (P if by_pair else F)
+    _sum_pairs_kernel[(programs, cdiv(min(width, D - first_column), block_d))](
         out,
         pieces,
         dots,
@@ -432,6 +479,9 @@ def sum_pairs(
         F,
         window,
         windows,
+        _bias_pairs(pairs),
+        bias_window,
+        bias_windows,
         by_pair,
         first_column // block_d,
         SUMS=out is not None,
@@ -451,20 +501,23 @@ def finish(
     pairs: OrderedPairs,
     scale: torch.Tensor,  # 0-dim
     out: Optional[torch.Tensor],  # [F, D]
-    pieces: Optional[torch.Tensor],  # [2 * windows, D]
+    pieces: Optional[torch.Tensor],  # [2 * windows + bias_windows, D]
+    bias_grad: Optional[torch.Tensor] = None,  # [D]
     vals_grad: Optional[torch.Tensor] = None,  # [B, K], contiguous
-    dots: Optional[torch.Tensor] = None,  # [tiles, P]
+    dots: Optional[torch.Tensor] = None,  # [tiles, P + bias pairs]
 ) -> None:
-    """Write the rows of ``out`` of heavy features from their ``pieces``, and ``vals_grad[order[p]] = scale *
-    dots[:, p].sum()``. What is None is left out."""
+    """Write the rows of ``out`` of heavy features and ``bias_grad`` from their ``pieces``, and ``vals_grad[order[p]] =
+    scale * dots[:, p].sum()``. What is None is left out."""
     P, (window, windows) = pairs.order.numel(), _windows(pairs)
     D = out.shape[1] if out is not None else 1
     block_d = min(_FINISH_BLOCK_D, next_power_of_2(D))
     pieces_programs = 0 if out is None else windows * cdiv(D, block_d)
     dots_programs = 0 if dots is None else cdiv(P, _FINISH_BLOCK_P)
-    _finish_kernel[(max(pieces_programs, dots_programs),)](
+    bias_programs = 0 if bias_grad is None else cdiv(D, _BIAS_BLOCK_D)
+    _finish_kernel[(max(pieces_programs, dots_programs, bias_programs),)](
         out,
         pieces,
+        bias_grad,
         vals_grad,
         dots,
         pairs.order,
@@ -476,9 +529,13 @@ def finish(
         pairs.segments.shape[0],
         window,
         windows,
+        _bias_pairs(pairs),
+        _bias_windows(pairs)[1],
         dots.shape[0] if dots is not None else 0,
         BLOCK_W=_FINISH_BLOCK_W,
         BLOCK_D=block_d,
+        BIAS_BLOCK_W=_BIAS_BLOCK_W,
+        BIAS_BLOCK_D=_BIAS_BLOCK_D,
         BLOCK_P=_FINISH_BLOCK_P,
         num_warps=1,
     )

@@ -134,7 +134,7 @@ def _topk_forward(
     width = _row_width(weight, dtype)
     two_rows = weight.dtype == torch.float32 and weight.stride(0) % 4 == 0
     recon_grad = new_empty(weight, *((B, width) if needs_grad else (0,)), dtype=dtype)
-    pairs = new_pairs(indices, F, dtype) if needs_pairs else ()
+    pairs = new_pairs(indices, F, dtype, bias_pairs=B) if needs_pairs else ()
     with device_of(weight):
         before = mark(B * K * D, weight) if needs_pairs else None
         _topk_forward_kernel[(B, tiles)](
@@ -187,8 +187,10 @@ def _topk_backward(
     D = weight.shape[1]
     weight_grad = vals_grad = bias_grad = None
     with device_of(weight):
-        if needs_bias:  # first, while g is in the L2 cache
-            bias_grad = sum_columns(recon_grad, D, grad_out).to(bias_dtype)
+        if needs_bias:
+            bias_grad = weight.new_empty(D, dtype=bias_dtype)
+            if not needs_weight:
+                bias_grad.copy_(sum_columns(recon_grad, D, grad_out))
         if needs_weight or needs_vals:
             pairs = OrderedPairs(*pairs)
             pieces = dots = None
@@ -197,9 +199,9 @@ def _topk_backward(
             if needs_vals:
                 vals_grad = vals.new_empty(vals.shape)
                 weight = unit_stride_rows(weight)
-                dots = new_empty(recon_grad, cdiv(D, SUM_BLOCK_D), vals.numel())
+                dots = new_empty(recon_grad, cdiv(D, SUM_BLOCK_D), pairs.coefs.numel())
             sum_pairs(pairs, recon_grad, pairs.link, weight, grad_out, weight_grad, pieces, dots)
-            finish(pairs, grad_out, weight_grad, pieces, vals_grad, dots)
+            finish(pairs, grad_out, weight_grad, pieces, bias_grad if needs_weight else None, vals_grad, dots)
     return (
         weight_grad if needs_weight else weight.new_empty(0),
         vals_grad if needs_vals else vals.new_empty(0),
@@ -227,8 +229,8 @@ def _topk_forward_fake(indices, weight, vals, bias, target, needs_grad, needs_pa
     dtype = compute_dtype(weight, vals, bias, target)
     shape = (target.shape[0], _row_width(weight, dtype)) if needs_grad else (0,)
     recon_grad = weight.new_empty(shape, dtype=dtype)
-    pairs = list(new_pairs(indices, weight.shape[0], dtype, torch.Tensor.new_empty)) if needs_pairs else []
-    return recon_grad.new_empty(()), recon_grad, pairs
+    pairs = new_pairs(indices, weight.shape[0], dtype, indices.shape[0], torch.Tensor.new_empty) if needs_pairs else ()
+    return recon_grad.new_empty(()), recon_grad, list(pairs)
 
 
 @torch.library.register_fake(add_op_namespace_prefix("topk_backward"))
@@ -296,8 +298,8 @@ def triton_topk_sae_loss(
 
     Raises:
         TypeError: an argument is no tensor or has another dtype.
-        ValueError: shapes or devices do not fit together, or B >= 2**31, B * K > 2**32 - 2**22, F > 2**31 - 2**13 or
-            D > 2**20.
+        ValueError: shapes or devices do not fit together, or B >= 2**31, B * (K + 1) > 2**32 - 2**22, F > 2**31 - 2**16
+            or D > 2**20.
     """
     check_inputs(indices, weight, vals, bias, target)
     if not runs_triton(indices):
