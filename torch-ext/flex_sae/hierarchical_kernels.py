@@ -413,8 +413,10 @@ def _atomic_gradients(launch, suffix, plan, weight, vals, needs_weight, needs_va
         columns=D,
         block_k=_ATOMIC_BLOCK_K,
         block_d=min(_ATOMIC_BLOCK_D, next_power_of_2(D)),
-        # Twice as many a lane: then 16 lanes cover a row, and two rows share the shuffles of the dot products.
-        align=lane_columns(weight, 2 * _ATOMIC_BLOCK_D),
+        # Twice as many a lane: then 16 lanes cover a row, and two rows share the shuffles of the dot products. But only
+        # where D tells the compiler that so many can also be added at once, or lanes would add to columns far apart:
+        # on an H200 (B=4096, K=64, F=65536) 2.24 ms instead of 1.65 at D=2312.
+        align=lane_columns(weight, 2 * _ATOMIC_BLOCK_D) if D % 16 == 0 else 1,
         vals_sums=vals_sums,
         weight_sums=weight_sums,
         copies_plan=plan if needs_weight else None,

@@ -42,8 +42,8 @@ _FLAT_BLOCK = 256
 # fastest. On an H200 (B=4096, K=128, D=2304) they take 17 us; with 32, 128, 256 pairs 15, 20, 20 us, at B=8192 25, 27,
 # 30 instead of 21. Other numbers of pieces and columns gain there what they lose on Zipf(1) indices.
 _FINISH_BLOCK_P, _FINISH_BLOCK_W, _FINISH_BLOCK_D = 64, 4, 256
-# Pieces of bias and columns of such a program. Others (8, 16, 64 pieces, 32, 128 columns) are no faster.
-_BIAS_BLOCK_W, _BIAS_BLOCK_D = 32, 64
+# Pieces of bias and columns of such a program. Others (8, 32, 64 pieces, 32, 128 columns) are no faster.
+_BIAS_BLOCK_W, _BIAS_BLOCK_D = 16, 64
 # From this many features a pair on, most of them have none. On an H200 (B=4096, D=2304, F=262144) a TopK step with
 # K=8, 16, 32, 64 takes 0.91, 1.12, 1.50, 2.14 ms with a program for each pair, 1.54, 1.55, 1.69, 1.94 for each feature.
 _SPARSE = 2
