@@ -24,57 +24,70 @@ from support import (
 
 @pytest.mark.parametrize("kind", LOSSES)
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_a_sort_in_parts_changes_no_bit(flex, device, monkeypatch, kind, pattern):
+def test_how_pairs_are_ordered_changes_no_bit(flex, device, monkeypatch, kind, pattern):
     problem = make_problem(40, 17, 12, 5, device=device, pattern=pattern)
-    with deterministic_algorithms():
-        whole = run(triton_loss(flex, kind), problem)
-        monkeypatch.setattr(submodule(flex, "pairs"), "_MAX_SORT", 7)  # 97 parts and a rest
-        parts = run(triton_loss(flex, kind), problem)
-    for name, value, other in zip(whole._fields, whole, parts, strict=True):
-        assert torch.equal(value, other), name
+    module, results = submodule(flex, "pairs"), []
+    for max_few, max_sort in ((680, 680), (679, 680), (0, 7)):  # counted; one sort; 97 of them and a rest
+        monkeypatch.setattr(module, "_MAX_FEW", max_few)
+        monkeypatch.setattr(module, "_MAX_SORT", max_sort)
+        with deterministic_algorithms():
+            results.append(run(triton_loss(flex, kind), problem))
+    for other in results[1:]:
+        for name, value, same in zip(other._fields, results[0], other, strict=True):
+            assert torch.equal(value, same), name
+
+
+@pytest.fixture(params=[(0, 1), (0, 5), (600, 1)], ids=["sorted", "sorted in parts", "counted"])
+def limits(request, flex, monkeypatch):
+    """Sizes for each way in which pairs are ordered: B, K, the pairs that are counted, those that one sort takes."""
+    (max_few, parts), K = request.param, 30
+    B = 20 if max_few else 100
+    monkeypatch.setattr(submodule(flex, "pairs"), "_MAX_FEW", max_few)
+    monkeypatch.setattr(submodule(flex, "pairs"), "_MAX_SORT", -(-B * K // parts))
+    return B, K
 
 
 # The keys of the sort are 16 bits wide up to 2**16 features.
 @pytest.mark.parametrize("F", [1, 9, 2**15, 2**15 + 1, 2**16, 2**16 + 1])
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=str)
-@pytest.mark.parametrize("parts", [1, 5])
-def test_pairs_are_sorted_by_feature_then_place(flex, device, monkeypatch, F, index_dtype, parts):
-    module, B, K = submodule(flex, "pairs"), 100, 30
+def test_pairs_are_ordered_by_feature_then_place(flex, device, limits, F, index_dtype):
+    module, (B, K) = submodule(flex, "pairs"), limits
     generator = torch.Generator(device).manual_seed(0)
     indices = make_indices("one_hot_feature", B, K, F, generator).to(index_dtype)
     indices[0, :2] = torch.tensor([0, F - 1])
     vals, units = (torch.randn(shape, generator=generator, device=device) for shape in ((B, K), (B,)))
-    monkeypatch.setattr(module, "_MAX_SORT", -(-B * K // parts))
     features, order = indices.long().view(-1).sort(stable=True)
     counts = features.bincount(minlength=F)
     segments = torch.stack([counts.cumsum(0) - counts, counts.cumsum(0)], dim=1)
     for want_slots in (False, True):
-        pairs = module.new_pairs(indices, F, torch.float32)
+        bias_pairs = 0 if want_slots else B
+        pairs = module.new_pairs(indices, F, torch.float32, bias_pairs)
         module.sort_pairs(pairs, indices)
-        module.gather_pairs(pairs, vals, want_slots, units if want_slots else None)
+        module.gather_pairs(pairs, indices, vals, want_slots, units if want_slots else None)
         assert torch.equal(pairs.order, order)
         keys = pairs.keys.long() + 2**15 if F <= 2**16 else pairs.keys.view(torch.int32).long()
         assert torch.equal(keys, features)
         assert torch.equal(pairs.segments.long(), torch.where(counts[:, None] > 0, segments, 0))
-        assert torch.equal(pairs.coefs, (vals * units[:, None] if want_slots else vals).view(-1)[order])
-        assert torch.equal(pairs.link.long(), order.argsort() if want_slots else order // K)
+        coefs, link = pairs.coefs[: B * K], pairs.link.long()[: B * K]
+        assert torch.equal(coefs, (vals * units[:, None] if want_slots else vals).view(-1)[order])
+        assert torch.equal(link, order.argsort() if want_slots else order // K)
+        assert torch.equal(pairs.coefs[B * K :], torch.ones(bias_pairs, device=device))
+        assert torch.equal(pairs.link.long()[B * K :], torch.arange(bias_pairs, device=device))
 
 
 @pytest.mark.parametrize("F", [1, 9, 2**15 + 1, 2**16, 2**16 + 1])
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=str)
-@pytest.mark.parametrize("parts", [1, 5])
-def test_a_feature_out_of_range_is_sorted_with_one_in_range(flex, device, monkeypatch, F, index_dtype, parts):
-    module, B, K = submodule(flex, "pairs"), 20, 30
+def test_a_feature_out_of_range_is_ordered_with_one_in_range(flex, device, limits, F, index_dtype):
+    module, (B, K) = submodule(flex, "pairs"), limits
     generator = torch.Generator(device).manual_seed(0)
     indices = make_indices("uniform", B, K, F, generator).to(index_dtype)
     bounds = torch.iinfo(index_dtype)
     bad = torch.tensor([-1, F, F + 5, 2**15, 2**16, 2**17 + 3, bounds.min, bounds.min + 2**15, bounds.max, -(2**16)])
     bad = bad[(bad < 0) | (bad >= F)].to(device, index_dtype)
     indices.view(-1)[: 3 * len(bad)] = bad.repeat(3)
-    monkeypatch.setattr(module, "_MAX_SORT", -(-B * K // parts))
     pairs = module.new_pairs(indices, F, torch.float32)
     module.sort_pairs(pairs, indices)
-    module.gather_pairs(pairs, torch.zeros(B, K, device=device), False)
+    module.gather_pairs(pairs, indices, torch.zeros(B, K, device=device), False)
     # Each pair is in one segment, and all in range are in their feature's.
     assert torch.equal(pairs.order.sort().values, torch.arange(B * K, device=device))
     starts, ends = pairs.segments.long().unbind(1)

@@ -298,12 +298,12 @@ def _hierarchical_forward(
         if needs_pairs:
             with beside(before):
                 sort_pairs(pairs, indices)
-            _gather_pairs(pairs, vals, units)
+            _gather_pairs(pairs, indices, vals, units)
     return shares.sum(), suffix, units, plan, list(pairs)
 
 
-def _gather_pairs(pairs, vals, units):
-    gather_pairs(pairs, vals, want_slots=True, units=units if units.numel() else None)
+def _gather_pairs(pairs, indices, vals, units):
+    gather_pairs(pairs, indices, vals, want_slots=True, units=units if units.numel() else None)
 
 
 def _is_ordered(weight, dtype, needs_weight):
@@ -392,7 +392,7 @@ def _hierarchical_backward(
                 if needs_weight and not pairs:  # Deterministic mode has been switched on since the forward pass.
                     pairs = new_pairs(indices, F, suffix.dtype)
                     sort_pairs(pairs, indices)
-                    _gather_pairs(pairs, vals, units)
+                    _gather_pairs(pairs, indices, vals, units)
                 weight_grad, vals_grad = _ordered_gradients(
                     launch, scale, suffix, units, weight, vals, pairs, needs_weight, needs_vals
                 )

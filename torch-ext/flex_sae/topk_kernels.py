@@ -163,7 +163,7 @@ def _topk_forward(
         if needs_pairs:
             with beside(before):
                 sort_pairs(pairs, indices)
-                gather_pairs(pairs, vals, want_slots=False)
+                gather_pairs(pairs, indices, vals, want_slots=False)
     return shares.sum(), recon_grad, list(pairs)
 
 
