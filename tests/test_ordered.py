@@ -37,21 +37,21 @@ def test_how_pairs_are_ordered_changes_no_bit(flex, device, monkeypatch, kind, p
             assert torch.equal(value, same), name
 
 
-@pytest.fixture(params=[(0, 1), (0, 5), (600, 1)], ids=["sorted", "sorted in parts", "counted"])
-def limits(request, flex, monkeypatch):
-    """Sizes for each way in which pairs are ordered: B, K, the pairs that are counted, those that one sort takes."""
-    (max_few, parts), K = request.param, 30
-    B = 20 if max_few else 100
-    monkeypatch.setattr(submodule(flex, "pairs"), "_MAX_FEW", max_few)
-    monkeypatch.setattr(submodule(flex, "pairs"), "_MAX_SORT", -(-B * K // parts))
+@pytest.fixture(params=["counted", "sorted", "sorted in parts"])
+def sizes(request, flex, monkeypatch):
+    """B and K of a batch whose pairs are ordered in one of three ways."""
+    counted = request.param == "counted"
+    B, K = 20 if counted and INTERPRETED else 270, 30
+    monkeypatch.setattr(submodule(flex, "pairs"), "_MAX_FEW", B * K if counted else 0)
+    monkeypatch.setattr(submodule(flex, "pairs"), "_MAX_SORT", 1700 if request.param == "sorted in parts" else B * K)
     return B, K
 
 
 # The keys of the sort are 16 bits wide up to 2**16 features.
 @pytest.mark.parametrize("F", [1, 9, 2**15, 2**15 + 1, 2**16, 2**16 + 1])
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=str)
-def test_pairs_are_ordered_by_feature_then_place(flex, device, limits, F, index_dtype):
-    module, (B, K) = submodule(flex, "pairs"), limits
+def test_pairs_are_ordered_by_feature_then_place(flex, device, sizes, F, index_dtype):
+    module, (B, K) = submodule(flex, "pairs"), sizes
     generator = torch.Generator(device).manual_seed(0)
     indices = make_indices("one_hot_feature", B, K, F, generator).to(index_dtype)
     indices[0, :2] = torch.tensor([0, F - 1])
@@ -77,8 +77,8 @@ def test_pairs_are_ordered_by_feature_then_place(flex, device, limits, F, index_
 
 @pytest.mark.parametrize("F", [1, 9, 2**15 + 1, 2**16, 2**16 + 1])
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=str)
-def test_a_feature_out_of_range_is_ordered_with_one_in_range(flex, device, limits, F, index_dtype):
-    module, (B, K) = submodule(flex, "pairs"), limits
+def test_a_feature_out_of_range_is_ordered_with_one_in_range(flex, device, sizes, F, index_dtype):
+    module, (B, K) = submodule(flex, "pairs"), sizes
     generator = torch.Generator(device).manual_seed(0)
     indices = make_indices("uniform", B, K, F, generator).to(index_dtype)
     bounds = torch.iinfo(index_dtype)

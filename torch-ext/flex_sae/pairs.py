@@ -4,9 +4,10 @@ The gradient of a feature is a sum over the pairs that chose it,
 
     out[f] = scale * sum over pairs p with feature f of coefs[p] * rows[p].
 
-With the pairs ordered by feature, each row of ``out`` is one segment of the order: it is summed in registers in a fixed
-order and written once. No float atomics, the same bits every run; zeros are written first only where most features have
-no pair. The same pass can take the dot products <weight[f], rows[p]> of the gradient of vals.
+With the pairs ordered by feature (torch sorts them, or a few are counted), each row of ``out`` is one segment of the
+order: it is summed in registers in a fixed order and written once. No float atomics, the same bits every run; zeros are
+written first only where most features have no pair. The same pass can take the dot products <weight[f], rows[p]> of the
+gradient of vals.
 
 Dictionaries are skewed: one feature may hold a large part of all pairs. A feature of more than ``window`` pairs is
 therefore cut at every multiple of ``window`` in the order. Each piece has a program of its own, and a second kernel
@@ -39,9 +40,9 @@ _MAX_WINDOWS = 2048
 # take 10.
 _FLAT_BLOCK = 256
 # Pairs, and pieces and columns, of a program that finishes, one warp: most find no heavy feature, so small ones are the
-# fastest. On an H200 (B=4096, K=128, D=2304) they take 17 us; with 32, 128, 256 pairs 15, 20, 20 us, at B=8192 25, 27,
-# 30 instead of 21. Other numbers of pieces and columns gain there what they lose on Zipf(1) indices.
-_FINISH_BLOCK_P, _FINISH_BLOCK_W, _FINISH_BLOCK_D = 64, 4, 256
+# fastest. On an H200 (B=4096, K=128, D=2304) they take 15 us; with 64, 128, 256 pairs 17, 20, 20 us, at B=8192 21, 27,
+# 30 instead of 25. Other numbers of pieces and columns gain there what they lose on Zipf(1) indices.
+_FINISH_BLOCK_P, _FINISH_BLOCK_W, _FINISH_BLOCK_D = 32, 4, 256
 # Pieces of bias and columns of such a program. Others (8, 32, 64 pieces, 32, 128 columns) are no faster.
 _BIAS_BLOCK_W, _BIAS_BLOCK_D = 16, 64
 # From this many features a pair on, most of them have none. On an H200 (B=4096, D=2304, F=262144) a TopK step with
@@ -55,7 +56,8 @@ _MAX_SORT = 2**31 - 1
 # On an H200 (F=16384, D=768) the forward pass of TopK then takes 16, 31, 75 us of the device's time and 120 to 130 of
 # the host's for 2**11, 2**13, 2**14 pairs; with a sort 30, 44, 53 and 190.
 _MAX_FEW = 2**13
-# Pairs of such a program, four warps, and pairs that they are compared with at a time.
+# Pairs of such a program, four warps, and pairs that they are compared with at a time. Of 4 to 32 and 64 to 512 on an
+# H200 the fastest for 2**14, within 1 us of it for 2**11 and 2**13.
 _FEW_BLOCK, _FEW_BLOCK_OTHERS = 16, 128
 # Arguments that another B or F changes: kernels are not compiled again for them.
 _SIZES = ("P", "F", "window", "windows", "bias_pairs", "bias_window", "bias_windows", "by_pair", "few", "first_tile")
