@@ -31,6 +31,8 @@ class TargetOnly:
         self.get_current_target = lambda: target
 
 
+# Columns that end in half a tile of the sums; and, for float32 alone, rows that are not aligned to 64 bytes.
+D, ODD_D = 768, 1000
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 # The first is to be compiled and no other: they differ in their factors of 16, in being 1, and in how many bits a
 # feature takes while pairs are sorted.
@@ -40,9 +42,9 @@ SIZES = (
 )
 
 
-def launch_everything(flex, dtype, B, F):
+def launch_everything(flex, dtype, B, F, D):
     """Every launch of a training step, with both forms of the hierarchical gradient where a dtype has both."""
-    ops, K, D = flex._ops.ops, 32, 768  # columns that end in half a tile of the sums
+    ops, K = flex._ops.ops, 32
     accumulation = torch.promote_types(dtype, torch.float32)
     indices = torch.arange(B * K).view(B, K) % F
     # A single row with another stride, as it has in a transposed column
@@ -72,10 +74,11 @@ def main(target, out):
 
     JITFunction.run = compile_only
     driver.set_active(TargetOnly(TARGETS[target]))
-    for dtype in DTYPES:
-        for n, (B, F) in enumerate(SIZES):
-            step = {"target": target, "dtype": str(dtype).removeprefix("torch."), "B": B, "F": F, "first": n == 0}
-            launch_everything(flex, dtype, B, F)
+    problems = [(dtype, B, F, D, n == 0) for dtype in DTYPES for n, (B, F) in enumerate(SIZES)]
+    for dtype, B, F, columns, first in (*problems, (torch.float32, *SIZES[0], ODD_D, True)):
+        step = {"target": target, "dtype": str(dtype).removeprefix("torch."), "B": B, "F": F, "first": first}
+        step["aligned"] = columns == D
+        launch_everything(flex, dtype, B, F, columns)
     assembly = "amdgcn" if target.startswith("gfx") else "sass"
     kernels = [{**facts, "assembly": kernel.asm[assembly]} for kernel, facts in compiled]
     with open(out, "w") as file:

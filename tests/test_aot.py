@@ -75,12 +75,27 @@ def test_no_register_spills_to_memory(compiled, target):
     assert not spilled, f"on {target}: {spilled}"
 
 
-@pytest.mark.parametrize("kernel", ["_topk_forward_kernel", "_sum_pairs_kernel", "_finish_kernel"])
+# Whether D is a multiple of 16 or only of 4, as far as the compiler goes; the pieces that are finished are few.
+@pytest.mark.parametrize(
+    "kernel, aligned",
+    [
+        *((kernel, aligned) for kernel in ("_topk_forward_kernel", "_sum_pairs_kernel") for aligned in (True, False)),
+        ("_finish_kernel", True),
+    ],
+)
 @pytest.mark.parametrize("target", TARGETS)
-def test_float32_rows_are_read_16_bytes_at_a_time(compiled, target, kernel):
+def test_float32_rows_are_read_16_bytes_at_a_time(compiled, target, kernel, aligned):
     wide = r"\bLDG\.E\.(\w+\.)*128\b" if target in CUDA_TARGETS else r"_load_dwordx4\b"
-    for variant in of(compiled, target=target, kernel=kernel, dtype="float32"):
+    for variant in of(compiled, target=target, kernel=kernel, dtype="float32", aligned=aligned):
         assert count(variant, wide)
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize("target", ["sm_90", "sm_100"])  # the others have no such instruction
+def test_float32_gradients_are_added_16_bytes_at_a_time(compiled, target, aligned):
+    kernel = "_hierarchical_backward_kernel"
+    for variant in of(compiled, target=target, kernel=kernel, dtype="float32", atomic=True, aligned=aligned):
+        assert count(variant, r"\bREDG?\.\S*F32x4\b")
 
 
 # All lanes along the columns

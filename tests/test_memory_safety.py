@@ -57,6 +57,14 @@ def guarded(request, flex, monkeypatch):
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(params=["counted", "sorted"])
+def order(request, flex, monkeypatch):
+    """So few pairs are counted: here also sorted, as more are."""
+    if request.param == "sorted":
+        monkeypatch.setattr(submodule(flex, "pairs"), "_MAX_FEW", 0)
+
+
+@pytest.mark.usefixtures("order")
 @pytest.mark.parametrize("kind", LOSSES)
 @pytest.mark.parametrize("layout", [pytest.param(LAYOUTS[0], marks=pytest.mark.kernels_ci), *LAYOUTS[1:]])
 @pytest.mark.parametrize("sizes", [(3, 5, 9, 33), (20, 17, 40, 5), (2, 1, 70, 129)], ids=str)
@@ -112,6 +120,7 @@ def test_an_index_out_of_range_makes_the_loss_and_its_sample_nan(flex, device, k
             assert ((value.double() - true).abs() <= tolerance).all(), name
 
 
+@pytest.mark.usefixtures("order")
 @pytest.mark.parametrize("kind", LOSSES)
 @pytest.mark.parametrize("deterministic", [False, True], ids=["default", "deterministic"])
 def test_a_batch_of_nothing_but_bad_indices_touches_nothing(flex, device, kind, deterministic):

@@ -1,4 +1,4 @@
-"""Sums over the samples of a batch, column by column: the gradient of bias."""
+"""Sums over the samples of a batch, column by column: the gradient of bias where it does not come with another sum."""
 
 import torch
 import triton

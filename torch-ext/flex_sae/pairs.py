@@ -29,12 +29,12 @@ from .checks import cdiv, new_empty, next_power_of_2
 # Columns of a program of the feature sum, one warp. Swept over 256, 512 and 1024 on an H200 (B=4096, F=65536, D=2304):
 # 0.40, 0.37, 0.43 ms at K=32 and 0.73, 0.66, 0.72 ms at K=128.
 SUM_BLOCK_D = 512
-# The longest program adds this many pairs, more where the windows would be too many. On an H200 (B=4096, F=65536,
-# D=2304, K=32) a TopK step takes 0.61, 0.67, 0.75 ms with 128, 256, 512 for Zipf(1) indices; 0.605, 0.602, 0.602 for
-# uniform ones.
+# A program adds at most this many pairs of a feature, more where the windows would be too many. On an H200 (B=4096,
+# F=65536, D=2304, K=32) a TopK step takes 0.61, 0.67, 0.75 ms with 128, 256, 512 for Zipf(1) indices; 0.605, 0.602,
+# 0.602 for uniform ones.
 _MIN_WINDOW = 128
-# Windows at most, so that the pieces take at most [2 * _MAX_WINDOWS, D] whatever B and K are. At K=128 it takes 1.47,
-# 1.31, 1.24 ms with 512, 1024, 2048 for Zipf(1) indices; 1.26, 1.26, 1.27 for uniform ones.
+# Windows at most, so that pieces of features take at most [2 * _MAX_WINDOWS, D] whatever B and K are. At K=128 it takes
+# 1.47, 1.31, 1.24 ms with 512, 1024, 2048 for Zipf(1) indices; 1.26, 1.26, 1.27 for uniform ones.
 _MAX_WINDOWS = 2048
 # Pairs of a program, four warps, of the kernels that only move pairs. On an H200 (B=4096, K=128) 256 take 7 us, 1024
 # take 10.
@@ -59,7 +59,7 @@ _MAX_FEW = 2**13
 # Pairs of such a program, four warps, and pairs that they are compared with at a time. Of 4 to 32 and 64 to 512 on an
 # H200 the fastest for 2**14, within 1 us of it for 2**11 and 2**13.
 _FEW_BLOCK, _FEW_BLOCK_OTHERS = 16, 128
-# Arguments that another B or F changes: kernels are not compiled again for them.
+# Arguments that must not compile a kernel again: those that another B or F changes, and first_tile.
 _SIZES = ("P", "F", "window", "windows", "bias_pairs", "bias_window", "bias_windows", "by_pair", "few", "first_tile")
 # Pairs of which a merge of several sorts computes the places at a time: a few hundred MB beside the tens of GB that so
 # many pairs take.
@@ -127,10 +127,10 @@ def _count(indices_ptr, start, end, feature, F, BLOCK: tl.constexpr):
 
 @triton.jit
 def _find_places(
-    segments_ptr,
-    keys_ptr,
-    order_ptr,
-    indices_ptr,
+    segments_ptr,  # [F, 2]
+    keys_ptr,  # [P]
+    order_ptr,  # [P]
+    indices_ptr,  # [P]
     P,
     F,
     BLOCK: tl.constexpr,
@@ -142,7 +142,8 @@ def _find_places(
     pair = first + tl.arange(0, BLOCK)
     exists = pair < P
     feature = _load_index(indices_ptr, pair, P, F)
-    smaller_before, not_larger_before = _count(indices_ptr, 0, tl.minimum(first, P), feature, F, BLOCK_OTHERS)
+    before = tl.where(first < P, first, 0)  # nobody asks for the places of pairs beyond P
+    smaller_before, not_larger_before = _count(indices_ptr, 0, before, feature, F, BLOCK_OTHERS)
     smaller_after, not_larger_after = _count(indices_ptr, first, P, feature, F, BLOCK_OTHERS)
     earlier = (feature[None, :] == feature[:, None]) & (pair[None, :] < pair[:, None])
     p = not_larger_before + smaller_after + tl.sum(earlier.to(tl.int32), axis=1)
@@ -155,7 +156,18 @@ def _find_places(
 
 
 @triton.jit
-def _gather(coefs_ptr, samples_ptr, slots_ptr, vals_ptr, units_ptr, pair, p, P, K, bias_pairs):
+def _gather(
+    coefs_ptr,  # [P + bias_pairs]
+    samples_ptr,  # [P + bias_pairs] or None
+    slots_ptr,  # [P] or None
+    vals_ptr,  # [P]
+    units_ptr,  # [B] or None
+    pair,
+    p,
+    P,
+    K,
+    bias_pairs,
+):
     """Write what is kept in the order for pairs and their places, those of bias, from P on, among them."""
     exists = p < P
     exists_with_bias = p < P + bias_pairs
@@ -252,6 +264,7 @@ def _sum_pairs_kernel(
     SUMS: tl.constexpr,
     DOTS: tl.constexpr,
     ROWS_POLICY: tl.constexpr,
+    ALIGN: tl.constexpr,
     ENDS_IN_HALF: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -259,6 +272,8 @@ def _sum_pairs_kernel(
     # Feature fastest: all features walk the same columns of rows while they sit in the L2 cache. The pieces of heavy
     # features, which take longest, go first.
     pid = tl.program_id(0)
+    # As they were, but now the compiler knows: it splits accesses whose mask may end anywhere.
+    D, weight_stride = D // ALIGN * ALIGN, weight_stride // ALIGN * ALIGN
     pieces = 2 * windows + bias_windows
     is_piece = pid < pieces
     if pid < 2 * windows:
@@ -274,7 +289,7 @@ def _sum_pairs_kernel(
         feature = 0
         start = P + (pid - 2 * windows).to(tl.int64) * bias_window
         end = tl.minimum(start + bias_window, P + bias_pairs)
-        active = SUMS & (start < end)
+        active = start < end
     else:
         rank = pid - pieces
         feature = rank
@@ -388,8 +403,9 @@ def _finish_kernel(
             tl.store(out_ptr + feature.to(tl.int64) * D + cols, total * scale, mask=in_row)
 
     if bias_grad_ptr is not None:
-        bias_cols = pid * BIAS_BLOCK_D + tl.arange(0, BIAS_BLOCK_D)
-        if pid * BIAS_BLOCK_D < D:
+        bias_first = pid.to(tl.int64) * BIAS_BLOCK_D
+        bias_cols = bias_first + tl.arange(0, BIAS_BLOCK_D)
+        if bias_first < D:
             bias_grad = tl.zeros([BIAS_BLOCK_D], scale.dtype)
             for w0 in range(0, bias_windows, BIAS_BLOCK_W):
                 ws = w0 + tl.arange(0, BIAS_BLOCK_W)
@@ -441,14 +457,14 @@ def sort_pairs(pairs: OrderedPairs, indices: torch.Tensor) -> None:
 
 
 def gather_pairs(
-    pairs: OrderedPairs,  # sorted
+    pairs: OrderedPairs,
     indices: torch.Tensor,  # [B, K], contiguous
     vals: torch.Tensor,  # [B, K], contiguous
     want_slots: bool,
     units: Optional[torch.Tensor] = None,  # [B]
 ) -> None:
-    """Write ``segments``, ``coefs`` and ``link``: the slots for rows that are yet to be written in this order, else the
-    samples for rows that lie by sample."""
+    """Write, after `sort_pairs`, the rest of ``pairs``. ``link`` are the slots for rows that are yet to be written in
+    this order, else the samples for rows that lie by sample."""
     K, P, bias_pairs = vals.shape[1], vals.numel(), _bias_pairs(pairs)
     few = P <= _MAX_FEW
     _gather_pairs_kernel[(cdiv(P + bias_pairs, _FEW_BLOCK if few else _FLAT_BLOCK),)](
@@ -526,8 +542,8 @@ def _bias_pairs(pairs):
     return pairs.coefs.numel() - pairs.order.numel()
 
 
-def _bias_windows(pairs):
-    bias_pairs = _bias_pairs(pairs)
+def _bias_windows(pairs, wanted=True):
+    bias_pairs = _bias_pairs(pairs) if wanted else 0
     # As many rows in a piece as there are pieces.
     window = max(1, math.isqrt(bias_pairs))
     return window, cdiv(bias_pairs, window)
@@ -542,6 +558,7 @@ def sum_pairs(
     out: Optional[torch.Tensor],  # [F, D], of `new_sums`
     pieces: Optional[torch.Tensor],  # [2 * windows + bias_windows, D]
     dots: Optional[torch.Tensor] = None,  # [tiles, P + bias pairs]
+    needs_bias: bool = False,
     first_column: int = 0,
 ) -> None:
     """Write ``out[f] = scale * sum of coefs[p] * rows[p]`` over the pairs of each feature f, but for heavy features and
@@ -549,10 +566,11 @@ def sum_pairs(
     is None is left out. ``rows`` may hold some columns of the whole, from ``first_column`` on, and end in columns that
     are no part of it: zeros if there are dots."""
     (F, D), P, width = weight.shape, pairs.order.numel(), rows.shape[1]
-    (window, windows), (bias_window, bias_windows) = _windows(pairs), _bias_windows(pairs)
+    (window, windows), (bias_window, bias_windows) = _windows(pairs), _bias_windows(pairs, needs_bias)
     by_pair = _is_sparse(pairs)
     block_d = min(SUM_BLOCK_D, next_power_of_2(width))
     programs = 2 * windows + bias_windows + (P if by_pair else F)
+    multiple, per_access = math.gcd(weight.stride(0), D), 16 // weight.element_size()
     _sum_pairs_kernel[(programs, cdiv(min(width, D - first_column), block_d))](
         out,
         pieces,
@@ -580,6 +598,8 @@ def sum_pairs(
         DOTS=dots is not None,
         # A sample's row is read by many features, a row in the order by one.
         ROWS_POLICY="evict_first" if samples is None else "",
+        # Of multiples of 16 the compiler knows, and code that tells it again is 5% slower.
+        ALIGN=per_access if multiple % per_access == 0 and multiple % 16 else 1,
         # Not where sums are float64: both forms together would spill registers.
         ENDS_IN_HALF=scale.dtype == torch.float32 and 0 < D % block_d <= block_d // 2,
         # Enough pairs at a time to keep a warp's loads busy. Swept over 1 to 16 on an H200: flat to within 5%.
@@ -594,11 +614,11 @@ def finish(
     scale: torch.Tensor,  # 0-dim
     out: Optional[torch.Tensor],  # [F, D]
     pieces: Optional[torch.Tensor],  # [2 * windows + bias_windows, D]
-    bias_grad: Optional[torch.Tensor] = None,  # [D]
+    bias_grad: Optional[torch.Tensor] = None,  # [D], only with out
     vals_grad: Optional[torch.Tensor] = None,  # [B, K], contiguous
     dots: Optional[torch.Tensor] = None,  # [tiles, P + bias pairs]
 ) -> None:
-    """Write the rows of ``out`` of heavy features and ``bias_grad`` from their ``pieces``, and ``vals_grad[order[p]] =
+    """Write the rows of ``out`` of heavy features and ``bias_grad`` from ``pieces``, and ``vals_grad[order[p]] =
     scale * dots[:, p].sum()``. What is None is left out."""
     P, (window, windows) = pairs.order.numel(), _windows(pairs)
     D = out.shape[1] if out is not None else 1

@@ -10,8 +10,10 @@ and with g_b = 2 e_b / (B D), the gradient of the reconstruction, the gradients 
     d bias = grad_out sum_b g_b,    d target_b = -grad_out g_b.
 
 The forward pass keeps g. d weight is a sum over the pairs of a feature; on the way through them come the dot products
-of d v, see pairs.py.
+of d v, and d bias as the sum of one more feature, see pairs.py.
 """
+
+import math
 
 import torch
 import triton
@@ -50,8 +52,7 @@ from .pairs import (
 
 # Steps of a forward tile whose lanes all lie along the columns, and of one in which 16 bytes a lane leave lanes for two
 # rows. On an H200 (B=4096, F=65536, D=2304, K=128) the first takes 0.66 ms in float32 and 0.30 in bfloat16, the second
-# 0.58 and 0.39. Where rows of float32 do not start at multiples of 64 bytes the first is the faster one: 0.34 and 0.44
-# (D=2312, K=64), 0.36 and 0.59 (D=2311).
+# 0.58 and 0.39. Rows of float32 that are not aligned take 0.36 and 0.59 (D=2311, K=64).
 _FORWARD_BLOCK_K, _TWO_ROWS_BLOCK_K = 32, 8
 
 
@@ -81,6 +82,7 @@ def _topk_forward_kernel(
     b = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1).to(tl.int64)
     cols = tile * BLOCK_D + tl.arange(0, BLOCK_D)
+    D = D // ALIGN * ALIGN  # as it was, but now the compiler knows: it splits accesses whose mask may end anywhere
     in_row = cols < D
     dtype: tl.constexpr = loss_ptr.dtype.element_ty
 
@@ -133,7 +135,7 @@ def _topk_forward(
     tiles = cdiv(D, block_d)
     shares = torch.empty((tiles, B), dtype=dtype, device=weight.device)
     width = _row_width(weight, dtype)
-    two_rows = weight.dtype == torch.float32 and weight.stride(0) % 16 == 0
+    two_rows = weight.dtype == torch.float32 and math.gcd(weight.stride(0), D) % 4 == 0
     recon_grad = new_empty(weight, *((B, width) if needs_grad else (0,)), dtype=dtype)
     pairs = new_pairs(indices, F, dtype, bias_pairs=B) if needs_pairs else ()
     with device_of(weight):
@@ -201,8 +203,9 @@ def _topk_backward(
                 vals_grad = vals.new_empty(vals.shape)
                 weight = unit_stride_rows(weight)
                 dots = new_empty(recon_grad, cdiv(D, SUM_BLOCK_D), pairs.coefs.numel())
-            sum_pairs(pairs, recon_grad, pairs.link, weight, grad_out, weight_grad, pieces, dots)
-            finish(pairs, grad_out, weight_grad, pieces, bias_grad if needs_weight else None, vals_grad, dots)
+            sum_bias = needs_bias and needs_weight
+            sum_pairs(pairs, recon_grad, pairs.link, weight, grad_out, weight_grad, pieces, dots, sum_bias)
+            finish(pairs, grad_out, weight_grad, pieces, bias_grad if sum_bias else None, vals_grad, dots)
     return (
         weight_grad if needs_weight else weight.new_empty(0),
         vals_grad if needs_vals else vals.new_empty(0),
@@ -230,7 +233,10 @@ def _topk_forward_fake(indices, weight, vals, bias, target, needs_grad, needs_pa
     dtype = compute_dtype(weight, vals, bias, target)
     shape = (target.shape[0], _row_width(weight, dtype)) if needs_grad else (0,)
     recon_grad = weight.new_empty(shape, dtype=dtype)
-    pairs = new_pairs(indices, weight.shape[0], dtype, indices.shape[0], torch.Tensor.new_empty) if needs_pairs else ()
+    pairs = ()
+    if needs_pairs:
+        bias_pairs = indices.shape[0]
+        pairs = new_pairs(indices, weight.shape[0], dtype, bias_pairs=bias_pairs, empty=torch.Tensor.new_empty)
     return recon_grad.new_empty(()), recon_grad, list(pairs)
 
 
