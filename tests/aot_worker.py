@@ -54,10 +54,11 @@ def launch_everything(flex, dtype, B, F, D):
     inputs = indices, weight, vals, bias, target
     ops.topk_forward(*inputs, False, False)
     ops.hierarchical_forward(*inputs, False, False, False)
-    *_, by_sample = ops.topk_forward(*inputs, True, True)
+    _, recon_grad, by_sample = ops.topk_forward(*inputs, True, True)
     *_, plan, _ = ops.hierarchical_forward(*inputs, True, True, False)
     *_, units, _, by_slot = ops.hierarchical_forward(*inputs, True, False, True)
-    ops.topk_backward(scalar, state, weight, vals, dtype, by_sample, True, True, True)
+    for needs_vals in (True, False):  # without it weight is not read
+        ops.topk_backward(scalar, recon_grad, weight, vals, dtype, by_sample, True, needs_vals, True)
     for pairs in ([], by_slot) if dtype == accumulation else (by_slot,):
         ops.hierarchical_backward(scalar, state, units, plan, *inputs, pairs, True, True, True)
 

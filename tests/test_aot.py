@@ -91,6 +91,14 @@ def test_float32_rows_are_read_16_bytes_at_a_time(compiled, target, kernel, alig
 
 
 @pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize("target", TARGETS)
+def test_float32_gradients_are_written_16_bytes_at_a_time(compiled, target, aligned):
+    wide = r"\bSTG\.E\.(\w+\.)*128\b" if target in CUDA_TARGETS else r"_store_dwordx4\b"
+    for variant in of(compiled, target=target, kernel="_sum_pairs_kernel", dtype="float32", aligned=aligned):
+        assert count(variant, wide)
+
+
+@pytest.mark.parametrize("aligned", [True, False])
 @pytest.mark.parametrize("target", ["sm_90", "sm_100"])  # the others have no such instruction
 def test_float32_gradients_are_added_16_bytes_at_a_time(compiled, target, aligned):
     kernel = "_hierarchical_backward_kernel"

@@ -570,7 +570,8 @@ def sum_pairs(
     by_pair = _is_sparse(pairs)
     block_d = min(SUM_BLOCK_D, next_power_of_2(width))
     programs = 2 * windows + bias_windows + (P if by_pair else F)
-    multiple, per_access = math.gcd(weight.stride(0), D), 16 // weight.element_size()
+    weight_stride = weight.stride(0) if dots is not None else D  # else nothing of weight is read
+    multiple, per_access = math.gcd(weight_stride, D), 16 // weight.element_size()
     _sum_pairs_kernel[(programs, cdiv(min(width, D - first_column), block_d))](
         out,
         pieces,
@@ -582,7 +583,7 @@ def sum_pairs(
         pairs.segments,
         weight,
         scale,
-        weight.stride(0),
+        weight_stride,
         width,
         D,
         P,
