@@ -95,16 +95,17 @@ def _hierarchical_forward_kernel(
     counts,  # whether there is anything to plan
     NEEDS_SUFFIX: tl.constexpr,
     EVEN_K: tl.constexpr,
+    EVEN_D: tl.constexpr,
     ALIGN: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     # Sample fastest: all samples walk the same columns of weight while they sit in the L2 cache.
     b = tl.program_id(0).to(tl.int64)
-    tile = tl.program_id(1).to(tl.int64)
+    tile = tl.program_id(1)
     cols = tile * BLOCK_D + tl.arange(0, BLOCK_D)
     D = D // ALIGN * ALIGN  # as it was, but now the compiler knows: it splits accesses whose mask may end anywhere
-    in_row = cols < D
+    in_row = (cols < D) | EVEN_D
     dtype: tl.constexpr = loss_ptr.dtype.element_ty
 
     if plan_ptr is not None:
@@ -119,7 +120,7 @@ def _hierarchical_forward_kernel(
     feature, val, valid = load_pairs(indices_ptr, vals_ptr, b, steps, K, F, dtype)
     for _ in range(0, K, BLOCK_K):
         row = tl.multiple_of(feature * weight_stride, ALIGN)
-        mask = valid[:, None] & in_row[None, :]
+        mask = (valid | EVEN_K)[:, None] & in_row[None, :]
         weight = tl.load(weight_ptr + row[:, None] + cols[None, :], mask=mask, other=0.0)
         # The next pairs are on their way before these rows are used.
         next_feature, next_val, next_valid = load_pairs(indices_ptr, vals_ptr, b, steps + BLOCK_K, K, F, dtype)
@@ -138,7 +139,7 @@ def _hierarchical_forward_kernel(
     if NEEDS_SUFFIX:
         tl.store(suffix_ptr + b * D + cols, suffix, mask=in_row)
     squares = tl.where(in_row, squares, 0.0)  # where an infinite val has made zeros NaN
-    tl.store(loss_ptr + tile * B + b, tl.sum(squares) / (tl.full([], 1.0, dtype) * B * K * D))
+    tl.store(loss_ptr + tile.to(tl.int64) * B + b, tl.sum(squares) / (tl.full([], 1.0, dtype) * B * K * D))
 
 
 @triton.jit(do_not_specialize=["B", "F", "weight_stride", "scratch_stride", "first_tile"])
@@ -165,17 +166,19 @@ def _hierarchical_backward_kernel(
     D,
     first_tile,
     ATOMIC: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    EVEN_D: tl.constexpr,
     ALIGN: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     # Sample fastest: all samples walk the same columns of weight and d weight while they sit in the L2 cache.
     b = tl.program_id(0).to(tl.int64)
-    tile = tl.program_id(1).to(tl.int64)
+    tile = tl.program_id(1)
     scratch_cols = tile * BLOCK_D + tl.arange(0, BLOCK_D)
     cols = first_tile * BLOCK_D + scratch_cols
     D = D // ALIGN * ALIGN  # as it was, but now the compiler knows: it splits accesses whose mask may end anywhere
-    in_row = cols < D
+    in_row = (cols < D) | EVEN_D
     dtype: tl.constexpr = scale_ptr.dtype.element_ty
 
     scale = tl.load(scale_ptr)
@@ -195,7 +198,7 @@ def _hierarchical_backward_kernel(
             feature, val, valid = load_pairs(indices_ptr, vals_ptr, b, steps, K, F, dtype)
             for _ in range(0, K, BLOCK_K):
                 row = tl.multiple_of(feature * weight_stride, ALIGN)
-                mask = valid[:, None] & in_row[None, :]
+                mask = (valid | EVEN_K)[:, None] & in_row[None, :]
                 weight = tl.load(weight_ptr + row[:, None] + cols[None, :], mask=mask, other=0.0).to(dtype)
                 # The next pairs are on their way before these rows are used.
                 next_feature, next_val, next_valid = load_pairs(indices_ptr, vals_ptr, b, steps + BLOCK_K, K, F, dtype)
@@ -216,14 +219,14 @@ def _hierarchical_backward_kernel(
                     residual = tl.sum(tl.where(last, residuals, 0.0), axis=0)
                     suffix = -tl.sum(tl.where(last, before, 0.0), axis=0)
 
-                exists = steps < K
+                exists = (steps < K) | EVEN_K
                 pair = b * K + steps
                 if weight_sums_ptr is not None:
                     contribution = (scale * val)[:, None] * suffixes
                     sums_row = (row_to_add_to(plan_ptr, b, feature, valid, F) if HAS_COPIES else feature) * D
-                    tl.atomic_add(
-                        weight_sums_ptr + sums_row[:, None] + cols[None, :], contribution, mask=mask, sem="relaxed"
-                    )
+                    weight_sums_ptrs = weight_sums_ptr + sums_row[:, None] + cols[None, :]
+                    valid_in_row = valid[:, None] & in_row[None, :]
+                    tl.atomic_add(weight_sums_ptrs, contribution, mask=valid_in_row, sem="relaxed")
                 if scratch_ptr is not None:
                     slot = tl.load(slots_ptr + pair, mask=exists, other=0).to(tl.uint32, bitcast=True)
                     slot_row = tl.multiple_of(slot.to(tl.int64) * scratch_stride, ALIGN)
@@ -238,7 +241,7 @@ def _hierarchical_backward_kernel(
                     if ATOMIC:
                         tl.atomic_add(vals_sums_ptr + pair, dot, mask=exists, sem="relaxed")
                     else:
-                        share_ptr = vals_sums_ptr + tile * B * K + pair
+                        share_ptr = vals_sums_ptr + tile.to(tl.int64) * B * K + pair
                         if first_tile > 0:
                             dot += tl.load(share_ptr, mask=exists, other=0.0)
                         tl.store(share_ptr, dot, mask=exists)
@@ -289,6 +292,7 @@ def _hierarchical_forward(
             needs_copies(B, K),
             NEEDS_SUFFIX=needs_suffix,
             EVEN_K=K % block_k == 0,
+            EVEN_D=D % block_d == 0,
             ALIGN=lane_columns(weight, block_d),
             BLOCK_K=block_k,
             BLOCK_D=block_d,
@@ -354,6 +358,7 @@ def _hierarchical_backward(
         scratch_slots=None,
         scratch_units=None,
     ):
+        block_k = min(block_k, next_power_of_2(K))
         _hierarchical_backward_kernel[(B, cdiv(min(columns, D - first_column), block_d))](
             weight_sums,
             copies_plan,
@@ -377,8 +382,10 @@ def _hierarchical_backward(
             D,
             first_column // block_d,
             ATOMIC=not ordered,
+            EVEN_K=K % block_k == 0,
+            EVEN_D=D % block_d == 0,
             ALIGN=align,
-            BLOCK_K=min(block_k, next_power_of_2(K)),
+            BLOCK_K=block_k,
             BLOCK_D=block_d,
             num_warps=1,
         )

@@ -76,13 +76,16 @@ def load_pairs(
     F,
     dtype: tl.constexpr,
 ):
-    """Features, vals and load mask of some steps of sample b. A feature out of range is never loaded from: its val
-    becomes NaN, and with it the sample's residual and the loss."""
+    """Features, vals and validity of some steps of sample b. A feature out of range becomes feature 0 with a val of
+    NaN, and with it the sample's residual and the loss.
+
+    Every feature can be loaded from, so that a kernel whose tiles end with step K and column D masks nothing: masks are
+    a third of the instructions of its loop."""
     exists = steps < K
     feature = tl.load(indices_ptr + b * K + steps, mask=exists, other=0).to(tl.int64)
     val = tl.load(vals_ptr + b * K + steps, mask=exists, other=0.0).to(dtype)
-    valid = (feature >= 0) & (feature < F)
-    return feature, tl.where(valid, val, float("nan")), valid & exists
+    valid = feature.to(tl.uint64, bitcast=True) < F.to(tl.uint64)  # a negative one is huge
+    return tl.where(valid, feature, 0), tl.where(valid, val, float("nan")), valid & exists
 
 
 @triton.jit
@@ -266,6 +269,7 @@ def _sum_pairs_kernel(
     ROWS_POLICY: tl.constexpr,
     ALIGN: tl.constexpr,
     ENDS_IN_HALF: tl.constexpr,
+    EVEN_D: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -298,7 +302,7 @@ def _sum_pairs_kernel(
         start, end = _segment(segments_ptr, feature)
         active = (end - start <= window) & ((start == rank) | (by_pair == 0))
     dtype: tl.constexpr = scale_ptr.dtype.element_ty
-    tile = tl.program_id(1).to(tl.int64)
+    tile = tl.program_id(1)
     first_col = (first_tile + tile) * BLOCK_D
     # Compiled for a whole tile, and for half of one with twice the pairs where the last has no more columns. On an H200
     # (D=2304) that takes 1 to 5% from a step at K=128, nothing at K=32.
@@ -307,7 +311,8 @@ def _sum_pairs_kernel(
         if active & (is_half == HALF):
             row_cols = tile * BLOCK_D + tl.arange(0, BLOCK_D // (1 + HALF))
             cols = first_tile * BLOCK_D + row_cols
-            in_row = cols < D
+            in_row, in_width = (cols < D) | EVEN_D, (row_cols < width) | EVEN_D
+            PAIRS: tl.constexpr = BLOCK_P * (1 + HALF)
             out_row = feature.to(tl.int64)
             # weight and out are touched once: they leave the L2 cache to the rows.
             if DOTS:
@@ -319,25 +324,27 @@ def _sum_pairs_kernel(
                 ).to(dtype)
             total = tl.zeros([BLOCK_D // (1 + HALF)], dtype)
             # In 32 bits, which take half the registers.
-            p, p_end = start.to(tl.uint32) + tl.arange(0, BLOCK_P * (1 + HALF)), end.to(tl.uint32)
+            p, p_end = start.to(tl.uint32) + tl.arange(0, PAIRS), end.to(tl.uint32)
             row = _load_row_ids(samples_ptr, p, p_end)
             coef = tl.load(coefs_ptr + p, mask=p < p_end, other=0.0)
-            for _ in range(0, (end - start).to(tl.int32), BLOCK_P * (1 + HALF)):
-                mask = (p < p_end)[:, None] & (row_cols < width)[None, :]
+            for _ in range(0, (end - start).to(tl.int32), PAIRS):
+                exists = (p < p_end) | (PAIRS == 1)
                 x = tl.load(
                     rows_ptr + (row * width)[:, None] + row_cols[None, :],
-                    mask=mask,
+                    mask=exists[:, None] & in_width[None, :],
                     other=0.0,
                     eviction_policy=ROWS_POLICY,
                 ).to(dtype)
+                # The next pairs are on their way before these rows are summed.
+                next_p = p + PAIRS
+                next_row = _load_row_ids(samples_ptr, next_p, p_end)
+                next_coef = tl.load(coefs_ptr + next_p, mask=next_p < p_end, other=0.0)
                 if SUMS:
                     total += tl.sum(coef[:, None] * x, axis=0)
                 if DOTS:
-                    tl.store(dots_ptr + tile * (P + bias_pairs) + p, tl.sum(weight * x, axis=1), mask=p < p_end)
-                # The next pairs are on their way before these rows are summed.
-                p += BLOCK_P * (1 + HALF)
-                row = _load_row_ids(samples_ptr, p, p_end)
-                coef = tl.load(coefs_ptr + p, mask=p < p_end, other=0.0)
+                    dots_row_ptr = dots_ptr + tile.to(tl.int64) * (P + bias_pairs)
+                    tl.store(dots_row_ptr + p, tl.sum(weight * x, axis=1), mask=exists)
+                p, row, coef = next_p, next_row, next_coef
             if SUMS:
                 if is_piece:
                     tl.store(pieces_ptr + pid.to(tl.int64) * D + cols, total, mask=in_row)
@@ -374,6 +381,11 @@ def _finish_kernel(
     # Small jobs that share a launch: every program does a part of each.
     pid = tl.program_id(0)
     scale = tl.load(scale_ptr)
+    if out_ptr is not None:  # loaded here, to be on their way during the first job
+        w = pid % windows
+        first = w.to(tl.int64) * window
+        feature = _load_feature(keys_ptr, tl.minimum(first + window, P) - 1, True, F)
+        start, end = _segment(segments_ptr, feature)
     if vals_grad_ptr is not None:
         p = pid.to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
         exists = p < P
@@ -384,10 +396,6 @@ def _finish_kernel(
         tl.store(vals_grad_ptr + tl.load(order_ptr + p, mask=exists, other=0), dot * scale, mask=exists)
     if out_ptr is not None:
         # The window in which a heavy feature starts adds up its pieces. The feature is the last one of that window.
-        w = pid % windows
-        first = w.to(tl.int64) * window
-        feature = _load_feature(keys_ptr, tl.minimum(first + window, P) - 1, True, F)
-        start, end = _segment(segments_ptr, feature)
         tile_start = pid // windows * BLOCK_D
         if (end - start > window) & (start >= first) & (tile_start < D):
             cols = tile_start + tl.arange(0, BLOCK_D)
@@ -571,6 +579,8 @@ def sum_pairs(
     block_d = min(SUM_BLOCK_D, next_power_of_2(width))
     programs = 2 * windows + bias_windows + (P if by_pair else F)
     weight_stride = weight.stride(0) if dots is not None else D  # else nothing of weight is read
+    # Not where sums are float64: both forms together would spill registers.
+    ends_in_half = scale.dtype == torch.float32 and 0 < D % block_d <= block_d // 2
     multiple, per_access = math.gcd(weight_stride, D), 16 // weight.element_size()
     _sum_pairs_kernel[(programs, cdiv(min(width, D - first_column), block_d))](
         out,
@@ -601,8 +611,8 @@ def sum_pairs(
         ROWS_POLICY="evict_first" if samples is None else "",
         # Of multiples of 16 the compiler knows, and code that tells it again is 5% slower.
         ALIGN=per_access if multiple % per_access == 0 and multiple % 16 else 1,
-        # Not where sums are float64: both forms together would spill registers.
-        ENDS_IN_HALF=scale.dtype == torch.float32 and 0 < D % block_d <= block_d // 2,
+        ENDS_IN_HALF=ends_in_half,
+        EVEN_D=D % (block_d // 2 if ends_in_half else block_d) == 0,
         # Enough pairs at a time to keep a warp's loads busy. Swept over 1 to 16 on an H200: flat to within 5%.
         BLOCK_P=min(8, (2 * SUM_BLOCK_D if samples is None else SUM_BLOCK_D) // block_d),
         BLOCK_D=block_d,

@@ -74,16 +74,18 @@ def _topk_forward_kernel(
     width,
     NEEDS_GRAD: tl.constexpr,
     TWO_ROWS: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    EVEN_D: tl.constexpr,
     ALIGN: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     # Sample fastest: all samples walk the same columns of weight while they sit in the L2 cache.
     b = tl.program_id(0).to(tl.int64)
-    tile = tl.program_id(1).to(tl.int64)
+    tile = tl.program_id(1)
     cols = tile * BLOCK_D + tl.arange(0, BLOCK_D)
     D = D // ALIGN * ALIGN  # as it was, but now the compiler knows: it splits accesses whose mask may end anywhere
-    in_row = cols < D
+    in_row = (cols < D) | EVEN_D
     dtype: tl.constexpr = loss_ptr.dtype.element_ty
 
     bias = tl.load(bias_ptr + cols, mask=in_row, other=0.0).to(dtype)
@@ -95,7 +97,7 @@ def _topk_forward_kernel(
     feature, val, valid = load_pairs(indices_ptr, vals_ptr, b, steps, K, F, dtype)
     for _ in range(0, K, BLOCK_K):
         row = tl.multiple_of(feature * weight_stride, ALIGN)
-        mask = valid[:, None] & in_row[None, :]
+        mask = (valid | EVEN_K)[:, None] & in_row[None, :]
         weight = tl.load(weight_ptr + row[:, None] + cols[None, :], mask=mask, other=0.0)
         # The next pairs are on their way before these rows are used.
         steps += BLOCK_K
@@ -113,7 +115,7 @@ def _topk_forward_kernel(
     if NEEDS_GRAD:
         recon_grad = residual * (tl.full([], 2.0, dtype) / B / D)
         tl.store(recon_grad_ptr + b * width + cols, recon_grad, mask=cols < width)
-    tl.store(loss_ptr + tile * B + b, tl.sum(residual * residual) / B / D)
+    tl.store(loss_ptr + tile.to(tl.int64) * B + b, tl.sum(residual * residual) / B / D)
 
 
 def _topk_forward(
@@ -136,6 +138,7 @@ def _topk_forward(
     shares = torch.empty((tiles, B), dtype=dtype, device=weight.device)
     width = _row_width(weight, dtype)
     two_rows = weight.dtype == torch.float32 and math.gcd(weight.stride(0), D) % 4 == 0
+    block_k = min(_TWO_ROWS_BLOCK_K if two_rows else _FORWARD_BLOCK_K, next_power_of_2(K))
     recon_grad = new_empty(weight, *((B, width) if needs_grad else (0,)), dtype=dtype)
     pairs = new_pairs(indices, F, dtype, bias_pairs=B) if needs_pairs else ()
     with device_of(weight):
@@ -157,8 +160,10 @@ def _topk_forward(
             width,
             NEEDS_GRAD=needs_grad,
             TWO_ROWS=two_rows,
+            EVEN_K=K % block_k == 0,
+            EVEN_D=D % block_d == 0,
             ALIGN=lane_columns(weight, 2 * block_d if two_rows else block_d),
-            BLOCK_K=min(_TWO_ROWS_BLOCK_K if two_rows else _FORWARD_BLOCK_K, next_power_of_2(K)),
+            BLOCK_K=block_k,
             BLOCK_D=block_d,
             num_warps=1,
         )
