@@ -67,7 +67,8 @@ def order(request, flex, monkeypatch):
 @pytest.mark.usefixtures("order")
 @pytest.mark.parametrize("kind", LOSSES)
 @pytest.mark.parametrize("layout", [pytest.param(LAYOUTS[0], marks=pytest.mark.kernels_ci), *LAYOUTS[1:]])
-@pytest.mark.parametrize("sizes", [(3, 5, 9, 33), (20, 17, 40, 5), (2, 1, 70, 129)], ids=str)
+# In the last, tiles end with K and D.
+@pytest.mark.parametrize("sizes", [(3, 5, 9, 33), (20, 17, 40, 5), (2, 1, 70, 129), (4, 8, 9, 128)], ids=str)
 def test_only_what_was_written_is_read_and_nothing_is_written_beside(flex, device, guarded, kind, sizes, layout):
     problem = make_problem(*sizes, device=device, pattern="one_hot_feature")
     problem = Problem(*(laid_out(tensor, layout) for tensor in problem))
@@ -97,15 +98,16 @@ def test_recycled_memory_full_of_nan_does_not_show(flex, kind, pattern):
 OUT_OF_RANGE = [-1, 9, -(2**31), 2**31 - 1, 2**31, 2**32 + 3, 2**40, -(2**63), 2**63 - 1]
 
 
-@pytest.mark.kernels_ci
 @pytest.mark.parametrize("kind", LOSSES)
 @pytest.mark.parametrize("pick", [triton_loss, reference_loss])
 @pytest.mark.parametrize("index", OUT_OF_RANGE)
-def test_an_index_out_of_range_makes_the_loss_and_its_sample_nan(flex, device, kind, pick, index):
+# Tiles end beyond K and D, and with them.
+@pytest.mark.parametrize("K, D", [pytest.param(5, 33, marks=pytest.mark.kernels_ci), (8, 128)])
+def test_an_index_out_of_range_makes_the_loss_and_its_sample_nan(flex, device, kind, pick, index, K, D):
     for index_dtype in (torch.int32, torch.int64):
         if not torch.iinfo(index_dtype).min <= index <= torch.iinfo(index_dtype).max:
             continue
-        right = make_problem(4, 5, 9, 33, device=device, index_dtype=index_dtype)
+        right = make_problem(4, K, 9, D, device=device, index_dtype=index_dtype)
         wrong = right._replace(indices=right.indices.clone())
         wrong.indices[1, 3] = index
         result = run(pick(flex, kind), wrong)
@@ -123,9 +125,10 @@ def test_an_index_out_of_range_makes_the_loss_and_its_sample_nan(flex, device, k
 @pytest.mark.usefixtures("order")
 @pytest.mark.parametrize("kind", LOSSES)
 @pytest.mark.parametrize("deterministic", [False, True], ids=["default", "deterministic"])
-def test_a_batch_of_nothing_but_bad_indices_touches_nothing(flex, device, kind, deterministic):
-    problem = make_problem(20, 17, 9, 33, device=device)
-    bad = torch.tensor(OUT_OF_RANGE, device=device).repeat(38)[: 20 * 17].view(20, 17)
+@pytest.mark.parametrize("K, D", [(17, 33), (16, 128)])
+def test_a_batch_of_nothing_but_bad_indices_touches_nothing(flex, device, kind, deterministic, K, D):
+    problem = make_problem(20, K, 9, D, device=device)
+    bad = torch.tensor(OUT_OF_RANGE, device=device).repeat(38)[: 20 * K].view(20, K)
     torch.use_deterministic_algorithms(deterministic)
     try:
         result = run(triton_loss(flex, kind), problem._replace(indices=bad))

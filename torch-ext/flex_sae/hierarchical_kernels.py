@@ -298,7 +298,10 @@ def _hierarchical_forward(
             BLOCK_D=block_d,
             num_warps=1,
         )
-        units = _units(shares, K, D) if needs_suffix and _narrow_scratch(weight, dtype) else shares.new_empty(0)
+        units = shares.new_empty(0)
+        if needs_suffix and _narrow_scratch(weight, dtype):
+            shares = shares.sum(0)
+            units = _units(shares, K, D)
         if needs_plan:
             plan_copies(plan, B, K)
         if needs_pairs:
@@ -465,14 +468,13 @@ def _ordered_gradients(launch, scale, suffix, units, weight, vals, pairs, needs_
     return weight_grad, vals_sums.sum(0).to(vals.dtype) if needs_vals else None
 
 
-def _units(shares, K, D):
+def _units(losses, K, D):
     """For each sample a unit in which its S_i fit float16: they are at most 2**15 units, as by Cauchy-Schwarz
     |S_i| <= sum_j |r_j| <= sqrt(K sum_j |r_j|^2), and far from the smallest float16."""
-    tiles, B = shares.shape
-    # What a share lost to underflow is less than the smallest normal number. One that overflowed is infinite.
-    limits = torch.finfo(shares.dtype)
-    losses = shares.sum(0).clamp(tiles * limits.tiny, limits.max)
-    return losses.sqrt() * (math.sqrt(B * K * D * K) / 2**15)
+    # What each tile's share lost to underflow is less than the smallest normal number. One that overflowed is infinite.
+    limits = torch.finfo(losses.dtype)
+    losses = losses.clamp(D * limits.tiny, limits.max)
+    return losses.sqrt() * (math.sqrt(losses.numel() * K * D * K) / 2**15)
 
 
 torch.library.define(
