@@ -137,7 +137,7 @@ def select(
     indices: torch.Tensor, weight: torch.Tensor, vals: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The selected rows of weight [B, K, D] and vals [B, K] for the torch references. As in the kernels, an index out
-    of range touches no memory and makes its val NaN."""
+    of range is not followed and makes its val NaN."""
     F = weight.shape[0]
     poison = torch.where((indices >= 0) & (indices < F), 1.0, float("nan"))
     return weight.to(dtype)[indices.clamp(0, F - 1)], vals.to(dtype) * poison.to(dtype)
@@ -180,8 +180,8 @@ def lane_columns(weight: torch.Tensor, columns: int) -> int:
 
     Steps then lie inside a thread, and sums and scans over them need no shuffle. Kernels that take it do not specialise
     the stride of weight: it alone tells the compiler how wide accesses may be. D they make a multiple of it. On an H200
-    (B=4096, K=64, F=65536, D=2312) the backward pass of the hierarchical loss takes 1.51 ms, and 2.24 if the compiler
-    does not know D to be one; in bfloat16 the forward pass 0.20 and 0.39.
+    (B=4096, K=64, F=65536, D=2312) a step of the hierarchical loss takes 1.90 ms, and 2.40 if the compiler does not
+    know D to be one; in bfloat16 the forward pass 0.20 and 0.26.
     """
     return math.gcd(weight.shape[1], weight.stride(0), max(1, columns // 32))
 

@@ -58,16 +58,16 @@ from .pairs import (
     sum_pairs,
 )
 
-# Steps of a forward tile. Of 4 to 32 on an H200 (B=4096, F=65536, D=2304) the best at K=128, by 18% in float32 and by
-# 19% in bfloat16.
+# Steps of a forward tile. Of 4 to 32 on an H200 (B=4096, F=65536, D=2304) the best at K=128, by 9% in float32 and by
+# 30% in bfloat16.
 _FORWARD_BLOCK_K = 32
 # A tile that writes to scratch takes this much of a row: 64 columns of float32, 128 of float16 (bfloat16 weight).
 _SCRATCH_ROW_BYTES = 256
-# Steps of such a tile of up to 64 columns, and of 128. Of 4 to 32 on an H200 the best for float32, by 12% (K=128); of 2
-# to 16 the best for bfloat16, by 10%.
+# Steps of such a tile of up to 64 columns, and of 128. Of 8 to 32 on an H200 a step is the fastest for float32, by 4%
+# (K=128); of 2 to 16 for bfloat16, by 0.6%.
 _SCRATCH_BLOCK_K, _WIDE_SCRATCH_BLOCK_K = 32, 4
-# Steps and columns of a tile that adds to d weight atomically. Of 4 to 32 steps and 16 to 128 columns on an H200, the
-# best or within 1% of it at B=4096 and 8192, K=32 and 128: with more columns d weight leaves the L2 cache, with fewer
+# Steps and columns of a tile that adds to d weight atomically. Of 4 to 32 steps and 32 to 128 columns on an H200, the
+# best or within 2% of it at B=4096 and 8192, K=32 and 128: with more columns d weight leaves the L2 cache, with fewer
 # the work on indices counts.
 _ATOMIC_BLOCK_K, _ATOMIC_BLOCK_D = 8, 64
 # Bytes of scratch for each sample, or a tile's row for each pair if that is more: 128 MiB at B=4096. It counts samples
@@ -298,17 +298,16 @@ def _hierarchical_forward(
             BLOCK_D=block_d,
             num_warps=1,
         )
-        units = shares.new_empty(0)
-        if needs_suffix and _narrow_scratch(weight, dtype):
-            shares = shares.sum(0)
-            units = _units(shares, K, D)
+        narrow = _narrow_scratch(weight, dtype)
+        losses = shares.sum(0) if narrow else shares
+        units = _units(losses, tiles, K, D) if narrow and needs_suffix else shares.new_empty(0)
         if needs_plan:
             plan_copies(plan, B, K)
         if needs_pairs:
             with beside(before):
                 sort_pairs(pairs, indices)
             _gather_pairs(pairs, indices, vals, units)
-    return shares.sum(), suffix, units, plan, list(pairs)
+    return losses.sum(), suffix, units, plan, list(pairs)
 
 
 def _gather_pairs(pairs, indices, vals, units):
@@ -468,12 +467,12 @@ def _ordered_gradients(launch, scale, suffix, units, weight, vals, pairs, needs_
     return weight_grad, vals_sums.sum(0).to(vals.dtype) if needs_vals else None
 
 
-def _units(losses, K, D):
+def _units(losses, tiles, K, D):
     """For each sample a unit in which its S_i fit float16: they are at most 2**15 units, as by Cauchy-Schwarz
     |S_i| <= sum_j |r_j| <= sqrt(K sum_j |r_j|^2), and far from the smallest float16."""
-    # What each tile's share lost to underflow is less than the smallest normal number. One that overflowed is infinite.
+    # What a tile's share lost to underflow is less than the smallest normal number. One that overflowed is infinite.
     limits = torch.finfo(losses.dtype)
-    losses = losses.clamp(D * limits.tiny, limits.max)
+    losses = losses.clamp(tiles * limits.tiny, limits.max)
     return losses.sqrt() * (math.sqrt(losses.numel() * K * D * K) / 2**15)
 
 
@@ -552,7 +551,7 @@ def triton_hierarchical_sae_loss(
 
     Args:
         indices: ``[B, K]`` int32 or int64, the active features of each sample, most important first, in ``[0, F)``.
-            One out of range touches no memory and makes the loss and the gradients of its sample's vals NaN;
+            One out of range is not followed and makes the loss and the gradients of its sample's vals NaN;
             ``FLEX_SAE_CHECK_INDICES=1`` in the environment raises IndexError instead, at the cost of a device
             synchronisation.
         weight: ``[F, D]``, the decoder. Rows with unit stride are read in place, also of a slice; another layout, such

@@ -26,28 +26,28 @@ import triton.language as tl
 
 from .checks import cdiv, new_empty, next_power_of_2
 
-# Columns of a program of the feature sum, one warp. Swept over 256, 512 and 1024 on an H200 (B=4096, F=65536, D=2304):
-# 0.40, 0.37, 0.43 ms at K=32 and 0.73, 0.66, 0.72 ms at K=128.
+# Columns of a program of the feature sum, one warp. On an H200 (B=4096, F=65536, D=2304) a TopK step takes 0.61, 0.57,
+# 0.67 ms at K=32 and 1.29, 1.23, 1.35 at K=128 with 256, 512, 1024.
 SUM_BLOCK_D = 512
 # A program adds at most this many pairs of a feature, more where the windows would be too many. On an H200 (B=4096,
-# F=65536, D=2304, K=32) a TopK step takes 0.61, 0.67, 0.75 ms with 128, 256, 512 for Zipf(1) indices; 0.605, 0.602,
-# 0.602 for uniform ones.
+# F=65536, D=2304, K=32) a TopK step takes 0.50, 0.55, 0.65 ms with 128, 256, 512 for Zipf(1) indices; 0.575, 0.573,
+# 0.572 for uniform ones.
 _MIN_WINDOW = 128
 # Windows at most, so that pieces of features take at most [2 * _MAX_WINDOWS, D] whatever B and K are. At K=128 it takes
-# 1.47, 1.31, 1.24 ms with 512, 1024, 2048 for Zipf(1) indices; 1.26, 1.26, 1.27 for uniform ones.
+# 1.34, 1.19, 1.14 ms with 512, 1024, 2048 for Zipf(1) indices; 1.23 for uniform ones.
 _MAX_WINDOWS = 2048
 # Pairs of a program, four warps, of the kernels that only move pairs. On an H200 (B=4096, K=128) 256 take 7 us, 1024
 # take 10.
 _FLAT_BLOCK = 256
 # Pairs, and pieces and columns, of a program that finishes, one warp: most find no heavy feature, so small ones are the
-# fastest. On an H200 (B=4096, K=128, D=2304) they take 15 us; with 64, 128, 256 pairs 17, 20, 20 us, at B=8192 21, 27,
-# 30 instead of 25. Other numbers of pieces and columns gain there what they lose on Zipf(1) indices.
+# fastest. On an H200 (B=4096, K=128, D=2304) they take 14 us; with 64, 128, 256 pairs 17, 20, 20 us, at B=8192 21, 26,
+# 31 instead of 24. Other numbers of pieces and columns gain there what they lose on Zipf(1) indices.
 _FINISH_BLOCK_P, _FINISH_BLOCK_W, _FINISH_BLOCK_D = 32, 4, 256
 # Pieces of bias and columns of such a program. Others (8, 32, 64 pieces, 32, 128 columns) are no faster.
 _BIAS_BLOCK_W, _BIAS_BLOCK_D = 16, 64
 # From this many features a pair on, most of them have none. On an H200 (B=4096, D=2304, F=262144) a TopK step with
-# K=8, 16, 32, 64 takes 0.91, 1.12, 1.50, 2.14 ms with a program for each pair, 1.54, 1.55, 1.69, 1.94 for each feature.
-_SPARSE = 2
+# K=8, 16, 32, 64 takes 0.88, 1.03, 1.40, 2.03 ms with a program for each pair, 1.00, 1.06, 1.27, 1.65 for each feature.
+_SPARSE = 4
 # Up to this many features keys are 16 bits wide: half the passes of torch.sort, a radix sort.
 _MAX_NARROW_F = tl.constexpr(2**16)
 # torch.sort takes at most this many elements along a dimension.
@@ -305,7 +305,7 @@ def _sum_pairs_kernel(
     tile = tl.program_id(1)
     first_col = (first_tile + tile) * BLOCK_D
     # Compiled for a whole tile, and for half of one with twice the pairs where the last has no more columns. On an H200
-    # (D=2304) that takes 1 to 5% from a step at K=128, nothing at K=32.
+    # (D=2304) that takes 5% from a step at K=32, 2% at K=128.
     is_half = ENDS_IN_HALF & (2 * (D - first_col) <= BLOCK_D)
     for HALF in tl.static_range(2 if ENDS_IN_HALF else 1):
         if active & (is_half == HALF):
@@ -613,7 +613,7 @@ def sum_pairs(
         ALIGN=per_access if multiple % per_access == 0 and multiple % 16 else 1,
         ENDS_IN_HALF=ends_in_half,
         EVEN_D=D % (block_d // 2 if ends_in_half else block_d) == 0,
-        # Enough pairs at a time to keep a warp's loads busy. Swept over 1 to 16 on an H200: flat to within 5%.
+        # Enough pairs at a time to keep a warp's loads busy. On an H200 a step takes up to 7% longer with others.
         BLOCK_P=min(8, (2 * SUM_BLOCK_D if samples is None else SUM_BLOCK_D) // block_d),
         BLOCK_D=block_d,
         num_warps=1,

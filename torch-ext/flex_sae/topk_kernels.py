@@ -13,8 +13,6 @@ The forward pass keeps g. d weight is a sum over the pairs of a feature; on the 
 of d v, and d bias as the sum of one more feature, see pairs.py.
 """
 
-import math
-
 import torch
 import triton
 import triton.language as tl
@@ -50,10 +48,9 @@ from .pairs import (
     sum_pairs,
 )
 
-# Steps of a forward tile whose lanes all lie along the columns, and of one in which 16 bytes a lane leave lanes for two
-# rows. On an H200 (B=4096, F=65536, D=2304, K=128) the first takes 0.66 ms in float32 and 0.30 in bfloat16, the second
-# 0.58 and 0.39. Rows of float32 that are not aligned take 0.36 and 0.59 (D=2311, K=64).
-_FORWARD_BLOCK_K, _TWO_ROWS_BLOCK_K = 32, 8
+# Steps of a forward tile. On an H200 (B=4096, F=65536, D=2304, K=128) it takes 0.55 ms in float32 and 0.30 in bfloat16
+# with 32, 0.62 and 0.40 with 16.
+_FORWARD_BLOCK_K = 32
 
 
 @triton.jit(do_not_specialize=["B", "F", "weight_stride"])
@@ -73,7 +70,6 @@ def _topk_forward_kernel(
     D,
     width,
     NEEDS_GRAD: tl.constexpr,
-    TWO_ROWS: tl.constexpr,
     EVEN_K: tl.constexpr,
     EVEN_D: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -91,8 +87,6 @@ def _topk_forward_kernel(
     bias = tl.load(bias_ptr + cols, mask=in_row, other=0.0).to(dtype)
     target = tl.load(target_ptr + b * target_stride + cols, mask=in_row, other=0.0).to(dtype)
     residual = bias - target
-    if TWO_ROWS:
-        recon = tl.zeros([BLOCK_K, BLOCK_D], dtype)
     steps = tl.arange(0, BLOCK_K)
     feature, val, valid = load_pairs(indices_ptr, vals_ptr, b, steps, K, F, dtype)
     for _ in range(0, K, BLOCK_K):
@@ -102,15 +96,9 @@ def _topk_forward_kernel(
         # The next pairs are on their way before these rows are used.
         steps += BLOCK_K
         next_feature, next_val, next_valid = load_pairs(indices_ptr, vals_ptr, b, steps, K, F, dtype)
-        added = val[:, None] * weight.to(dtype)
-        if TWO_ROWS:
-            recon += added  # lanes meet at the end
-        else:
-            residual += tl.sum(added, axis=0)
+        residual += tl.sum(val[:, None] * weight.to(dtype), axis=0)
         feature, val, valid = next_feature, next_val, next_valid
 
-    if TWO_ROWS:
-        residual += tl.sum(recon, axis=0)
     residual = tl.where(in_row, residual, 0.0)  # where an infinite val has made zeros NaN
     if NEEDS_GRAD:
         recon_grad = residual * (tl.full([], 2.0, dtype) / B / D)
@@ -133,12 +121,10 @@ def _topk_forward(
     dtype = compute_dtype(weight, vals, bias, target)
     weight, target = unit_stride_rows(weight), unit_stride_rows(target)
     indices, vals = indices.contiguous(), vals.contiguous()
-    block_d = tile_columns(weight, dtype)
+    block_k, block_d = min(_FORWARD_BLOCK_K, next_power_of_2(K)), tile_columns(weight, dtype)
     tiles = cdiv(D, block_d)
     shares = torch.empty((tiles, B), dtype=dtype, device=weight.device)
     width = _row_width(weight, dtype)
-    two_rows = weight.dtype == torch.float32 and math.gcd(weight.stride(0), D) % 4 == 0
-    block_k = min(_TWO_ROWS_BLOCK_K if two_rows else _FORWARD_BLOCK_K, next_power_of_2(K))
     recon_grad = new_empty(weight, *((B, width) if needs_grad else (0,)), dtype=dtype)
     pairs = new_pairs(indices, F, dtype, bias_pairs=B) if needs_pairs else ()
     with device_of(weight):
@@ -159,10 +145,9 @@ def _topk_forward(
             D,
             width,
             NEEDS_GRAD=needs_grad,
-            TWO_ROWS=two_rows,
             EVEN_K=K % block_k == 0,
             EVEN_D=D % block_d == 0,
-            ALIGN=lane_columns(weight, 2 * block_d if two_rows else block_d),
+            ALIGN=lane_columns(weight, block_d),
             BLOCK_K=block_k,
             BLOCK_D=block_d,
             num_warps=1,
@@ -292,8 +277,8 @@ def triton_topk_sae_loss(
     section 2.3.)
 
     Args:
-        indices: ``[B, K]`` int32 or int64, the active features of each sample, in ``[0, F)``. One out of range touches
-            no memory and makes the loss and the gradients of its sample's vals NaN; ``FLEX_SAE_CHECK_INDICES=1`` in
+        indices: ``[B, K]`` int32 or int64, the active features of each sample, in ``[0, F)``. One out of range is not
+            followed and makes the loss and the gradients of its sample's vals NaN; ``FLEX_SAE_CHECK_INDICES=1`` in
             the environment raises IndexError instead, at the cost of a device synchronisation.
         weight: ``[F, D]``, the decoder. Rows with unit stride are read in place, also of a slice; another layout, such
             as the transpose of an ``nn.Linear`` weight, costs a copy of weight in the forward and in the backward pass.
