@@ -101,7 +101,6 @@ def test_duplicate_indices_add_up_in_every_pattern(flex, device, kind, pattern, 
     check(flex, kind, make_problem(6, 7, 10, 33, device=device, pattern=pattern, index_dtype=index_dtype))
 
 
-@pytest.mark.kernels_ci
 @pytest.mark.parametrize("kind", LOSSES)
 @pytest.mark.parametrize("name", Problem._fields)
 @pytest.mark.parametrize("layout", LAYOUTS[1:])

@@ -79,8 +79,8 @@ def load_pairs(
     """Features, vals and validity of some steps of sample b. A feature out of range becomes feature 0 with a val of
     NaN, and with it the sample's residual and the loss.
 
-    Every feature can be loaded from, so that a kernel whose tiles end with step K and column D masks nothing: masks are
-    a third of the instructions of its loop."""
+    Every feature can be loaded from, so that a kernel whose tiles end with step K and column D masks nothing: masks can
+    be a third of the instructions of its loop."""
     exists = steps < K
     feature = tl.load(indices_ptr + b * K + steps, mask=exists, other=0).to(tl.int64)
     val = tl.load(vals_ptr + b * K + steps, mask=exists, other=0.0).to(dtype)
