@@ -6,7 +6,7 @@ from support import submodule
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("B", [1, 511, 4096, 4097, 8193])
+@pytest.mark.parametrize("B", [1, 511, 8192, 8193])
 @pytest.mark.parametrize("D, width", [(1, 1), (3, 4), (33, 48)])
 def test_columns_are_summed_and_scaled(flex, device, B, D, width, dtype):
     generator = torch.Generator(device).manual_seed(0)
