@@ -37,6 +37,8 @@ MISTAKES = [
      "indices must have shape [B, K] with B < 2**31 and B * (K + 1) <= 2**32 - 2**22, got (2147483648, 1)"),
     ("indices", lambda device: torch.zeros(1, 1, dtype=torch.int64, device=device).expand(2**22, 1024), ValueError,
      "indices must have shape [B, K] with B < 2**31 and B * (K + 1) <= 2**32 - 2**22, got (4194304, 1024)"),
+    ("weight", zeros(33, 9), ValueError,
+     "weight must have shape [F, D], got (33, 9), which is [D, F] for these bias and target"),
     ("vals", zeros(4, 6), ValueError, "vals must have shape [B, K] = (4, 3), got (4, 6)"),
     ("vals", zeros(3, 4), ValueError, "vals must have shape [B, K] = (4, 3), got (3, 4)"),
     ("vals", zeros(4), ValueError, "vals must have shape [B, K] = (4, 3), got (4,)"),
@@ -56,6 +58,10 @@ MISTAKES = [
         (name, lambda device: [[0.0]], TypeError, f"{name} must be a torch.Tensor, got list")
         for name in ("indices", "weight", "vals", "bias", "target")
     ],
+    ("weight", lambda device: torch.zeros(9, 33, device=device).to_sparse(), TypeError,
+     "weight must be dense (torch.strided), got torch.sparse_coo"),
+    ("target", lambda device: torch.zeros(4, 33, device=device).to_sparse_csr(), TypeError,
+     "target must be dense (torch.strided), got torch.sparse_csr"),
     ("bias", lambda device: None, TypeError, "bias must be a torch.Tensor, got NoneType"),
 ]  # fmt: skip
 

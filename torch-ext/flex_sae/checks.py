@@ -43,6 +43,8 @@ def check_inputs(
     for name, tensor in tensors.items():
         if tensor.device != weight.device:
             raise ValueError(f"{name} must be on the device of weight, {weight.device}, got {tensor.device}")
+        if tensor.layout != torch.strided:
+            raise TypeError(f"{name} must be dense (torch.strided), got {tensor.layout}")
         if name == "indices":
             if tensor.dtype not in (torch.int32, torch.int64):
                 raise TypeError(f"indices must be int32 or int64, got {tensor.dtype}")
@@ -60,6 +62,8 @@ def check_inputs(
     if B >= 2**31 or B * (K + 1) > _MAX_PAIRS:
         limits = "B < 2**31 and B * (K + 1) <= 2**32 - 2**22"
         raise ValueError(f"indices must have shape [B, K] with {limits}, got {(B, K)}")
+    if F != D and bias.shape == (F,) and target.shape == (B, F):
+        raise ValueError(f"weight must have shape [F, D], got {(F, D)}, which is [D, F] for these bias and target")
     for name, dims, shape in (("vals", "[B, K]", (B, K)), ("bias", "[D]", (D,)), ("target", "[B, D]", (B, D))):
         if tensors[name].shape != shape:
             raise ValueError(f"{name} must have shape {dims} = {shape}, got {tuple(tensors[name].shape)}")
