@@ -31,8 +31,8 @@ GENERATED = {"_ops.py", "metadata.json"}
 # The oldest Python that loads a kernel from the Hub.
 PYTHON = (3, 9)
 
-# A kernel loads wherever torch does; triton comes with torch.
-ALLOWED_IMPORTS = sys.stdlib_module_names | {"torch", "triton"}
+# A kernel loads wherever torch does; triton comes with torch. Three modules are newer than PYTHON.
+ALLOWED_IMPORTS = sys.stdlib_module_names - {"tomllib", "annotationlib", "compression"} | {"torch", "triton"}
 
 # Whatever registers an op takes the op's name first. kernel-builder insists on the literal call for the decorators;
 # define and impl put an op into the same global table.

@@ -46,19 +46,21 @@ def launch_everything(flex, dtype, B, F, D):
     """Every launch of a training step, with both forms of the hierarchical gradient where a dtype has both."""
     ops, K = flex._ops.ops, 32
     accumulation = torch.promote_types(dtype, torch.float32)
-    indices = torch.arange(B * K).view(B, K) % F
     # A single row with another stride, as it has in a transposed column
     weight, target = (torch.empty(D, n, dtype=dtype).t() if n == 1 else torch.empty(n, D, dtype=dtype) for n in (F, B))
-    vals, bias = torch.empty(B, K, dtype=dtype), torch.empty(D, dtype=dtype)
+    bias = torch.empty(D, dtype=dtype)
     scalar, state = torch.empty((), dtype=accumulation), torch.empty(B, D, dtype=accumulation)
-    inputs = indices, weight, vals, bias, target
+    # More steps turn g of bfloat16 inputs to float16.
+    for steps in (2 * K, K) if dtype == torch.bfloat16 else (K,):
+        indices, vals = torch.arange(B * steps).view(B, steps) % F, torch.empty(B, steps, dtype=dtype)
+        inputs = indices, weight, vals, bias, target
+        _, recon_grad, row_units, by_sample = ops.topk_forward(*inputs, True, True)
+        for needs_vals in (True, False):  # without it weight is not read
+            ops.topk_backward(scalar, recon_grad, row_units, weight, vals, dtype, by_sample, True, needs_vals, True)
     ops.topk_forward(*inputs, False, False)
     ops.hierarchical_forward(*inputs, False, False, False)
-    _, recon_grad, by_sample = ops.topk_forward(*inputs, True, True)
     *_, plan, _ = ops.hierarchical_forward(*inputs, True, True, False)
     *_, units, _, by_slot = ops.hierarchical_forward(*inputs, True, False, True)
-    for needs_vals in (True, False):  # without it weight is not read
-        ops.topk_backward(scalar, recon_grad, weight, vals, dtype, by_sample, True, needs_vals, True)
     for pairs in ([], by_slot) if dtype == accumulation else (by_slot,):
         ops.hierarchical_backward(scalar, state, units, plan, *inputs, pairs, True, True, True)
 

@@ -228,10 +228,14 @@ def budget(kind, problem, expected, grad_out=1.0):
 
     sizes = magnitude(kind, problem, grad_out)
     result = Result(*map(allowed, roundings, sizes, expected, result_dtypes(problem)))
+    # What passes through float16: the terms of a bfloat16 gradient of weight; of TopK, g where all are bfloat16.
+    through_float16 = ()
     if kind == "hierarchical" and problem.weight.dtype == torch.bfloat16 and accumulation == torch.float32:
-        # The terms of such a gradient of weight pass through float16.
-        result = result._replace(weight=result.weight + torch.finfo(torch.float16).eps / 2 * sizes.weight)
-    return result
+        through_float16 = ("weight",)
+    if kind == "topk" and all(tensor.dtype == torch.bfloat16 for tensor in problem[1:]):
+        through_float16 = Result._fields[1:]
+    half = torch.finfo(torch.float16).eps / 2
+    return result._replace(**{n: getattr(result, n) + half * getattr(sizes, n) for n in through_float16})
 
 
 def errors_over_budget(kind, problem, result, grad_out=1.0):

@@ -44,6 +44,7 @@ def count(kernel, pattern):
 def test_every_kernel_compiles_without_a_gpu(compiled, target):
     assert {kernel["kernel"] for kernel in of(compiled, target=target)} == {
         "_topk_forward_kernel",
+        "_narrow_kernel",
         "_hierarchical_forward_kernel",
         "_hierarchical_backward_kernel",
         "_gather_pairs_kernel",

@@ -20,6 +20,7 @@ def zeros(*shape, dtype=torch.float32):
 
 
 FLOATS = "float16, bfloat16, float32 or float64"
+SIZES = "B < 2**31, K <= 2**31 - 2**16 and B * (K + 1) <= 2**32 - 2**22"
 MISTAKES = [
     ("indices", zeros(4, dtype=torch.int64), ValueError, "indices must have shape [B, K], got (4,)"),
     ("indices", zeros(4, 3, 1, dtype=torch.int64), ValueError, "indices must have shape [B, K], got (4, 3, 1)"),
@@ -34,9 +35,11 @@ MISTAKES = [
     ("weight", lambda device: torch.zeros(1, 1, device=device).expand(9, 2**20 + 1), ValueError,
      "weight must have shape [F, D] with F <= 2**31 - 2**16 and D <= 2**20, got (9, 1048577)"),
     ("indices", lambda device: torch.zeros(1, 1, dtype=torch.int64, device=device).expand(2**31, 1), ValueError,
-     "indices must have shape [B, K] with B < 2**31 and B * (K + 1) <= 2**32 - 2**22, got (2147483648, 1)"),
+     f"indices must have shape [B, K] with {SIZES}, got (2147483648, 1)"),
     ("indices", lambda device: torch.zeros(1, 1, dtype=torch.int64, device=device).expand(2**22, 1024), ValueError,
-     "indices must have shape [B, K] with B < 2**31 and B * (K + 1) <= 2**32 - 2**22, got (4194304, 1024)"),
+     f"indices must have shape [B, K] with {SIZES}, got (4194304, 1024)"),
+    ("indices", lambda device: torch.zeros(1, 1, dtype=torch.int64, device=device).expand(1, 2**31 - 2**16 + 1),
+     ValueError, f"indices must have shape [B, K] with {SIZES}, got (1, 2147418113)"),
     ("weight", zeros(33, 9), ValueError,
      "weight must have shape [F, D], got (33, 9), which is [D, F] for these bias and target"),
     ("vals", zeros(4, 6), ValueError, "vals must have shape [B, K] = (4, 3), got (4, 6)"),

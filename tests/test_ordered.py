@@ -63,15 +63,15 @@ def test_pairs_are_ordered_by_feature_then_place(flex, device, sizes, F, index_d
         bias_pairs = 0 if want_slots else B
         pairs = module.new_pairs(indices, F, torch.float32, bias_pairs)
         module.sort_pairs(pairs, indices)
-        module.gather_pairs(pairs, indices, vals, want_slots, units if want_slots else None)
+        module.gather_pairs(pairs, indices, vals, units, want_slots)
         assert torch.equal(pairs.order, order)
         keys = pairs.keys.long() + 2**15 if F <= 2**16 else pairs.keys.view(torch.int32).long()
         assert torch.equal(keys, features)
         assert torch.equal(pairs.segments.long(), torch.where(counts[:, None] > 0, segments, 0))
         coefs, link = pairs.coefs[: B * K], pairs.link.long()[: B * K]
-        assert torch.equal(coefs, (vals * units[:, None] if want_slots else vals).view(-1)[order])
+        assert torch.equal(coefs, (vals * units[:, None]).view(-1)[order])
         assert torch.equal(link, order.argsort() if want_slots else order // K)
-        assert torch.equal(pairs.coefs[B * K :], torch.ones(bias_pairs, device=device))
+        assert torch.equal(pairs.coefs[B * K :], units[:bias_pairs])
         assert torch.equal(pairs.link.long()[B * K :], torch.arange(bias_pairs, device=device))
 
 
@@ -87,7 +87,7 @@ def test_a_feature_out_of_range_is_ordered_with_one_in_range(flex, device, sizes
     indices.view(-1)[: 3 * len(bad)] = bad.repeat(3)
     pairs = module.new_pairs(indices, F, torch.float32)
     module.sort_pairs(pairs, indices)
-    module.gather_pairs(pairs, indices, torch.zeros(B, K, device=device), False)
+    module.gather_pairs(pairs, indices, torch.zeros(B, K, device=device), torch.empty(0, device=device), False)
     # Each pair is in one segment, and all in range are in their feature's.
     assert torch.equal(pairs.order.sort().values, torch.arange(B * K, device=device))
     starts, ends = pairs.segments.long().unbind(1)
@@ -164,8 +164,14 @@ def test_scratch_for_some_of_the_columns_is_enough(flex, device, monkeypatch, ti
     assert_right("hierarchical", problem, rounded._replace(**dict(zip(names, gradients, strict=True))))
 
 
-# bfloat16 gradients pass through a scratch of float16 numbers, each in a unit of its sample.
+# bfloat16 gradients pass through float16 numbers (g in TopK, the scratch of S_i), each in a unit of its sample.
 BF16_SIZES = (5, 6, 30, 130) if INTERPRETED else (64, 32, 2048, 520)  # F = B * K: a feature belongs to one sample
+
+
+@pytest.fixture
+def narrow(flex, monkeypatch):
+    """g in float16 whatever K is."""
+    monkeypatch.setattr(submodule(flex, "topk_kernels"), "_NARROW_K", 1)
 
 
 def bf16_problem(device):
@@ -182,17 +188,21 @@ def assert_errs_by_one_rounding(value, true):
     assert relative_error(value, true) <= slack * relative_error(true.bfloat16(), true)
 
 
+@pytest.mark.parametrize("kind", LOSSES)
 @pytest.mark.parametrize("scale", [1e-15, 1.0, 1e15])
 @pytest.mark.parametrize("pattern", ["uniform", "one_hot_feature"])
-def test_bfloat16_gradients_err_by_one_rounding_at_any_scale(flex, device, scale, pattern):
+@pytest.mark.usefixtures("narrow")
+def test_bfloat16_gradients_err_by_one_rounding_at_any_scale(flex, device, kind, scale, pattern):
     problem = make_problem(*BF16_SIZES, device=device, dtypes=torch.bfloat16, pattern=pattern)
     problem = problem._replace(**{name: getattr(problem, name) * scale for name in ("vals", "bias", "target")})
-    result, expected = run(flex.triton_hierarchical_sae_loss, problem), truth("hierarchical", problem)
+    result, expected = run(triton_loss(flex, kind), problem), truth(kind, problem)
     for name in Problem._fields[1:]:
         assert_errs_by_one_rounding(getattr(result, name), getattr(expected, name))
 
 
-def test_bfloat16_samples_of_any_scales_share_a_batch(flex, device):
+@pytest.mark.parametrize("kind", LOSSES)
+@pytest.mark.usefixtures("narrow")
+def test_bfloat16_samples_of_any_scales_share_a_batch(flex, device, kind):
     problem = bf16_problem(device)
     scales = (1e-6, 1e6, 1.0)
     for b, scale in enumerate(scales):
@@ -201,7 +211,7 @@ def test_bfloat16_samples_of_any_scales_share_a_batch(flex, device):
     # A sample whose residuals are all zero
     problem.target[3] = 0
     problem.weight[problem.indices[3]] = 0
-    result, expected = run(flex.triton_hierarchical_sae_loss, problem), truth("hierarchical", problem)
+    result, expected = run(triton_loss(flex, kind), problem), truth(kind, problem)
     for b in range(len(scales)):
         assert_errs_by_one_rounding(result.weight[problem.indices[b]], expected.weight[problem.indices[b]])
         assert_errs_by_one_rounding(result.vals[b], expected.vals[b])
@@ -209,10 +219,23 @@ def test_bfloat16_samples_of_any_scales_share_a_batch(flex, device):
     assert not result.vals[3].any()
 
 
-def test_an_outlier_column_takes_no_digits_from_the_others(flex, device):
+@pytest.mark.parametrize("kind", LOSSES)
+@pytest.mark.usefixtures("narrow")
+def test_bfloat16_gradients_are_right_where_the_loss_overflows(flex, device, kind):
+    problem = bf16_problem(device)
+    problem.target.mul_(1e20)
+    result, expected = run(triton_loss(flex, kind), problem), truth(kind, problem)
+    assert result.loss.item() == float("inf")
+    for name in Problem._fields[1:]:
+        assert_errs_by_one_rounding(getattr(result, name), getattr(expected, name))
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+@pytest.mark.usefixtures("narrow")
+def test_an_outlier_column_takes_no_digits_from_the_others(flex, device, kind):
     problem = bf16_problem(device)
     problem.target[:, 7] *= 1e5
-    result, expected = run(flex.triton_hierarchical_sae_loss, problem), truth("hierarchical", problem)
+    result, expected = run(triton_loss(flex, kind), problem), truth(kind, problem)
     others = [column for column in range(BF16_SIZES[3]) if column != 7]
     assert_errs_by_one_rounding(result.weight[:, 7], expected.weight[:, 7])
     assert_errs_by_one_rounding(result.weight[:, others], expected.weight[:, others])

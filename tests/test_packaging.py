@@ -126,6 +126,7 @@ def test_python_depends_is_refused(checkout, tmp_path):
     ("code", "message"),
     [
         ("import numpy", "forbidden import of `numpy`"),
+        ("import tomllib", "forbidden import of `tomllib`"),
         ("from kernels import get_kernel", "forbidden import of `kernels`"),
         ("def f():\n    import os, torch_scatter", "forbidden import of `torch_scatter`"),
         ("from flex_sae import checks", "forbidden import of `flex_sae`"),

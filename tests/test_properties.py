@@ -117,20 +117,23 @@ def test_weight_may_be_that_of_a_linear_decoder(flex, device, kind):
 
 
 @pytest.mark.parametrize("kind", LOSSES)
-@pytest.mark.parametrize("name", ["indices", "vals", "bias", "target"])
+@pytest.mark.parametrize("name", Problem._fields)
 def test_an_input_may_be_expanded(flex, device, kind, name):
     problem = make_problem(4, 5, 9, 33, device=device)
     tensor = getattr(problem, name)
     check(flex, kind, problem._replace(**{name: tensor[:1].expand(tensor.shape)}))
 
 
-# The feature-major gradient treats features of many pairs, from about 256, apart from the light ones.
+# The feature-major gradient cuts features of more than 128 pairs at multiples of 128 in the order.
 PAIRS = {
     "one feature holds every pair": [320],
     "one heavy feature and many light ones": [300] + [1] * 45 + [2] * 10,
     "heavy features of several sizes": [257, 1, 700, 3, 256, 0, 255, 258],
     "a heavy feature in the middle of empty ones": [0] * 20 + [513] + [0] * 20,
     "heavy features at both ends": [300, 5, 300],
+    "features of just a window, and pairs before, after and between": [128, 129, 127, 256],
+    "heavy features that end where windows do": [256, 127, 1, 128, 128],
+    "heavy features that start and end beside windows": [129, 127, 128, 0, 256],
 }
 
 
@@ -277,7 +280,7 @@ def test_relative_error_at_real_sizes(flex, kind, sizes, dtype):
         assert error <= limit, f"{name}: {error:.3g}, in all {errors}"
 
 
-# The last sizes hold more pairs than 2048 pieces of 256: the pieces of a heavy feature grow.
+# The last sizes hold more pairs than 2048 pieces of 128: the pieces of a heavy feature grow.
 @needs_cuda
 @pytest.mark.parametrize("kind", LOSSES)
 @pytest.mark.parametrize("sizes", [(4096, 32, 65536, 768), (1999, 101, 5003, 331), (32768, 64, 16384, 128)], ids=str)

@@ -7,14 +7,15 @@ import os
 from typing import Optional
 
 import torch
+import triton
 
 # triton.jit decides at import whether kernels are interpreted, so this is decided at import too.
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED = triton.knobs.runtime.interpret
 
 # A launch takes fewer than 2**31 programs in its first dimension, which are samples, or features and pieces of heavy
 # ones and of bias (up to 2**12 and, the square root of B, 46342), and at most 65535 in the second, tiles of 32 columns
-# or more.
-_MAX_F, _MAX_D = 2**31 - 2**16, 2**20
+# or more. Steps are counted in 32 bits, up to those of a tile that is loaded in advance.
+_MAX_F, _MAX_D, _MAX_K = 2**31 - 2**16, 2**20, 2**31 - 2**16
 # 32 bits hold the place of a pair, those of bias included, also of the few past the last one at which a program looks
 # in advance.
 _MAX_PAIRS = 2**32 - 2**22
@@ -59,8 +60,8 @@ def check_inputs(
         raise ValueError(f"weight must have shape [F, D] with F >= 1 and D >= 1, got {(F, D)}")
     if F > _MAX_F or D > _MAX_D:
         raise ValueError(f"weight must have shape [F, D] with F <= 2**31 - 2**16 and D <= 2**20, got {(F, D)}")
-    if B >= 2**31 or B * (K + 1) > _MAX_PAIRS:
-        limits = "B < 2**31 and B * (K + 1) <= 2**32 - 2**22"
+    if B >= 2**31 or K > _MAX_K or B * (K + 1) > _MAX_PAIRS:
+        limits = "B < 2**31, K <= 2**31 - 2**16 and B * (K + 1) <= 2**32 - 2**22"
         raise ValueError(f"indices must have shape [B, K] with {limits}, got {(B, K)}")
     if F != D and bias.shape == (F,) and target.shape == (B, F):
         raise ValueError(f"weight must have shape [F, D], got {(F, D)}, which is [D, F] for these bias and target")

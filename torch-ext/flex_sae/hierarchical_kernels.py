@@ -306,12 +306,8 @@ def _hierarchical_forward(
         if needs_pairs:
             with beside(before):
                 sort_pairs(pairs, indices)
-            _gather_pairs(pairs, indices, vals, units)
+            gather_pairs(pairs, indices, vals, units, want_slots=True)
     return losses.sum(), suffix, units, plan, list(pairs)
-
-
-def _gather_pairs(pairs, indices, vals, units):
-    gather_pairs(pairs, indices, vals, want_slots=True, units=units if units.numel() else None)
 
 
 def _is_ordered(weight, dtype, needs_weight):
@@ -342,8 +338,6 @@ def _hierarchical_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of weight [F, D], vals [B, K] and bias [D], an empty tensor for one that is not needed."""
     (B, K), (F, D) = indices.shape, weight.shape
-    weight, target = unit_stride_rows(weight), unit_stride_rows(target)
-    indices, vals, bias = indices.contiguous(), vals.contiguous(), bias.contiguous()
     ordered = len(pairs) > 0 or _is_ordered(weight, suffix.dtype, needs_weight)
 
     def launch(
@@ -397,13 +391,15 @@ def _hierarchical_backward(
         if needs_bias:  # first, while S_0 is in the L2 cache
             bias_grad = sum_columns(suffix, D, scale).to(bias.dtype)
         if needs_weight or needs_vals:
+            weight, target = unit_stride_rows(weight), unit_stride_rows(target)
+            indices, vals, bias = indices.contiguous(), vals.contiguous(), bias.contiguous()
             if not ordered:
                 weight_grad, vals_grad = _atomic_gradients(launch, suffix, plan, weight, vals, needs_weight, needs_vals)
             else:
                 if needs_weight and not pairs:  # Deterministic mode has been switched on since the forward pass.
                     pairs = new_pairs(indices, F, suffix.dtype)
                     sort_pairs(pairs, indices)
-                    _gather_pairs(pairs, indices, vals, units)
+                    gather_pairs(pairs, indices, vals, units, want_slots=True)
                 weight_grad, vals_grad = _ordered_gradients(
                     launch, scale, suffix, units, weight, vals, pairs, needs_weight, needs_vals
                 )
@@ -551,9 +547,9 @@ def triton_hierarchical_sae_loss(
 
     Args:
         indices: ``[B, K]`` int32 or int64, the active features of each sample, most important first, in ``[0, F)``.
-            One out of range is not followed and makes the loss and the gradients of its sample's vals NaN;
-            ``FLEX_SAE_CHECK_INDICES=1`` in the environment raises IndexError instead, at the cost of a device
-            synchronisation.
+            One out of range is not followed and makes the loss and every gradient that its sample has a part in NaN (it
+            may count as 0 or F - 1); ``FLEX_SAE_CHECK_INDICES=1`` in the environment raises IndexError instead, at the
+            cost of a device synchronisation.
         weight: ``[F, D]``, the decoder. Rows with unit stride are read in place, also of a slice; another layout, such
             as the transpose of an ``nn.Linear`` weight, costs a copy of weight in the forward and in the backward pass.
         vals: ``[B, K]``, the activations.
@@ -569,13 +565,13 @@ def triton_hierarchical_sae_loss(
         0-dim float32 (float64 if any input is) tensor, differentiable once in weight, vals, bias and target. Loss and
         gradients of bias and target are the same bits every run; so are those of weight and vals under
         ``torch.use_deterministic_algorithms(True)``, which takes up to twice the time. That way, and wherever weight is
-        narrower than sums, ``B * max(32768, 256 * K)`` bytes of scratch are taken. Tensors on a CPU go to
+        narrower than sums, at most ``B * max(32768, 256 * K)`` bytes of scratch are taken. Tensors on a CPU go to
         `hierarchical_sae_loss`.
 
     Raises:
         TypeError: an argument is no tensor or has another dtype.
-        ValueError: shapes or devices do not fit together, or B >= 2**31, B * (K + 1) > 2**32 - 2**22, F > 2**31 - 2**16
-            or D > 2**20.
+        ValueError: shapes or devices do not fit together, or B >= 2**31, K or F > 2**31 - 2**16, D > 2**20 or
+            B * (K + 1) > 2**32 - 2**22.
     """
     check_inputs(indices, weight, vals, bias, target)
     if not runs_triton(indices):

@@ -164,7 +164,7 @@ def _gather(
     samples_ptr,  # [P + bias_pairs] or None
     slots_ptr,  # [P] or None
     vals_ptr,  # [P]
-    units_ptr,  # [B] or None
+    units_ptr,  # [B], or None for units of 1
     pair,
     p,
     P,
@@ -174,12 +174,13 @@ def _gather(
     """Write what is kept in the order for pairs and their places, those of bias, from P on, among them."""
     exists = p < P
     exists_with_bias = p < P + bias_pairs
-    coef = tl.load(vals_ptr + pair, mask=exists, other=0.0).to(coefs_ptr.dtype.element_ty)
+    sample = tl.where(exists, pair // K, p - P)
+    coef = tl.load(vals_ptr + pair, mask=exists, other=1.0).to(coefs_ptr.dtype.element_ty)
     if units_ptr is not None:
-        coef *= tl.load(units_ptr + pair // K, mask=exists, other=0.0)
-    tl.store(coefs_ptr + p, tl.where(exists, coef, 1.0), mask=exists_with_bias)
+        coef *= tl.load(units_ptr + sample, mask=exists_with_bias, other=0.0)
+    tl.store(coefs_ptr + p, coef, mask=exists_with_bias)
     if samples_ptr is not None:
-        tl.store(samples_ptr + p, tl.where(exists, pair // K, p - P), mask=exists_with_bias)
+        tl.store(samples_ptr + p, sample, mask=exists_with_bias)
     if slots_ptr is not None:
         tl.store(slots_ptr + pair, p, mask=exists)
 
@@ -194,7 +195,7 @@ def _gather_pairs_kernel(
     order_ptr,  # [P]
     indices_ptr,  # [B * K]
     vals_ptr,  # [B * K]
-    units_ptr,  # [B] or None
+    units_ptr,  # [B], or None for units of 1
     P: tl.int64,
     K,
     F,
@@ -360,6 +361,8 @@ def _finish_kernel(
     bias_grad_ptr,  # [D], or None
     vals_grad_ptr,  # [B * K], or None
     dots_ptr,  # [dot_tiles, P + bias_pairs]
+    units_ptr,  # [B], or None for units of 1
+    samples_ptr,  # [P + bias_pairs], with units
     order_ptr,  # [P]
     keys_ptr,  # [P], see `OrderedPairs`
     segments_ptr,  # [F, 2]
@@ -393,6 +396,8 @@ def _finish_kernel(
         for _ in range(dot_tiles):
             dot += tl.load(dots_ptr + p, mask=exists, other=0.0)
             dots_ptr += P + bias_pairs
+        if units_ptr is not None:
+            dot *= tl.load(units_ptr + tl.load(samples_ptr + p, mask=exists, other=0))
         tl.store(vals_grad_ptr + tl.load(order_ptr + p, mask=exists, other=0), dot * scale, mask=exists)
     if out_ptr is not None:
         # The window in which a heavy feature starts adds up its pieces. The feature is the last one of that window.
@@ -433,8 +438,8 @@ class OrderedPairs(NamedTuple):
     keys: torch.Tensor
     order: torch.Tensor  # [P] int64, places in indices.flatten()
     segments: torch.Tensor  # [F, 2] uint32 (as int32), where a feature's pairs start and end; zeros if it has none
-    # Those of bias, if it has pairs, come last: B ones, and the B samples.
-    coefs: torch.Tensor  # [P + B], vals in this order, times the unit of their sample
+    # Those of bias, if it has pairs, come last: a val of 1 for each of the B samples, and the samples.
+    coefs: torch.Tensor  # [P + B], vals in this order, times the units of their samples
     link: torch.Tensor  # [P + B] samples, order // K; or [B * K] slots, the inverse of order, uint32 (as int32)
 
 
@@ -468,8 +473,8 @@ def gather_pairs(
     pairs: OrderedPairs,
     indices: torch.Tensor,  # [B, K], contiguous
     vals: torch.Tensor,  # [B, K], contiguous
+    units: torch.Tensor,  # [B], or empty for units of 1
     want_slots: bool,
-    units: Optional[torch.Tensor] = None,  # [B]
 ) -> None:
     """Write, after `sort_pairs`, the rest of ``pairs``. ``link`` are the slots for rows that are yet to be written in
     this order, else the samples for rows that lie by sample."""
@@ -484,7 +489,7 @@ def gather_pairs(
         pairs.order,
         indices,
         vals,
-        units,
+        units if units.numel() else None,
         P,
         K,
         pairs.segments.shape[0],
@@ -628,11 +633,13 @@ def finish(
     bias_grad: Optional[torch.Tensor] = None,  # [D], only with out
     vals_grad: Optional[torch.Tensor] = None,  # [B, K], contiguous
     dots: Optional[torch.Tensor] = None,  # [tiles, P + bias pairs]
+    units: Optional[torch.Tensor] = None,  # [B], of the rows in ``dots``, or empty for units of 1
 ) -> None:
     """Write the rows of ``out`` of heavy features and ``bias_grad`` from ``pieces``, and ``vals_grad[order[p]] =
-    scale * dots[:, p].sum()``. What is None is left out."""
+    scale * dots[:, p].sum()``, times the unit of p's sample. What is None is left out."""
     P, (window, windows) = pairs.order.numel(), _windows(pairs)
     D = out.shape[1] if out is not None else 1
+    has_units = units is not None and units.numel() > 0
     block_d = min(_FINISH_BLOCK_D, next_power_of_2(D))
     pieces_programs = 0 if out is None else windows * cdiv(D, block_d)
     dots_programs = 0 if dots is None else cdiv(P, _FINISH_BLOCK_P)
@@ -643,6 +650,8 @@ def finish(
         bias_grad,
         vals_grad,
         dots,
+        units if has_units else None,
+        pairs.link if has_units else None,
         pairs.order,
         pairs.keys,
         pairs.segments,
