@@ -228,11 +228,11 @@ def budget(kind, problem, expected, grad_out=1.0):
 
     sizes = magnitude(kind, problem, grad_out)
     result = Result(*map(allowed, roundings, sizes, expected, result_dtypes(problem)))
-    # What passes through float16: the terms of a bfloat16 gradient of weight; of TopK, g where all are bfloat16.
+    # What passes through float16: the terms of a bfloat16 gradient of weight; the residuals of many bfloat16 pairs.
     through_float16 = ()
     if kind == "hierarchical" and problem.weight.dtype == torch.bfloat16 and accumulation == torch.float32:
         through_float16 = ("weight",)
-    if kind == "topk" and all(tensor.dtype == torch.bfloat16 for tensor in problem[1:]):
+    if kind == "topk" and K >= 48 and all(tensor.dtype == torch.bfloat16 for tensor in problem[1:]):
         through_float16 = Result._fields[1:]
     half = torch.finfo(torch.float16).eps / 2
     return result._replace(**{n: getattr(result, n) + half * getattr(sizes, n) for n in through_float16})

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from support import (
+    INTERPRETED,
     LAYOUTS,
     LOSSES,
     Problem,
@@ -88,6 +89,19 @@ def test_only_what_was_written_is_read_and_nothing_is_written_beside(flex, devic
     for edge in edges:
         assert (edge.isnan() if edge.is_floating_point() else edge == poison_of(edge.dtype)).all()
     assert_right(kind, problem, result)
+
+
+@pytest.mark.usefixtures("order")
+@pytest.mark.parametrize("sizes", [(4, 48, 9, 128), (3, 50, 9, 33)], ids=str)
+def test_residuals_in_float16_stay_in_their_memory(flex, device, guarded, sizes):
+    problem = make_problem(*sizes, device=device, dtypes=torch.bfloat16)
+    guarded.clear()
+    result = run(flex.triton_topk_sae_loss, problem)
+    for edge in (edge for buffer in guarded for edge in (buffer[:GUARD], buffer[-GUARD:])):
+        assert (edge.isnan() if edge.is_floating_point() else edge == poison_of(edge.dtype)).all()
+    assert all(value.isfinite().all() for value in result)
+    if not INTERPRETED:  # which truncates to bfloat16
+        assert_right("topk", problem, result)
 
 
 @needs_cuda

@@ -230,6 +230,43 @@ def test_bfloat16_gradients_are_right_where_the_loss_overflows(flex, device, kin
         assert_errs_by_one_rounding(getattr(result, name), getattr(expected, name))
 
 
+@pytest.mark.usefixtures("narrow")
+@pytest.mark.parametrize("names", [("bias",), ("vals", "bias"), ("weight",), ("vals", "target"), ("target",)], ids=str)
+def test_each_bfloat16_gradient_is_right_without_the_others(flex, device, names):
+    problem = make_problem(*BF16_SIZES, device=device, dtypes=torch.bfloat16)
+    leaves = [getattr(problem, name).clone().requires_grad_() for name in names]
+    loss = flex.triton_topk_sae_loss(*problem._replace(**dict(zip(names, leaves, strict=True))))
+    gradients, expected = torch.autograd.grad(loss, leaves), truth("topk", problem)
+    for name, gradient in zip(names, gradients, strict=True):
+        assert_errs_by_one_rounding(gradient, getattr(expected, name))
+
+
+@pytest.mark.parametrize(
+    "K, wide, kept",
+    [(48, None, torch.float16), (47, None, torch.float32)]
+    + [(48, name, torch.float32) for name in Problem._fields[1:]],
+)
+def test_residuals_are_kept_in_float16_where_readme_says_so(flex, device, K, wide, kept):
+    problem = make_problem(2, K, 9, 33, device=device, dtypes=torch.bfloat16)
+    if wide:
+        problem = problem._replace(**{wide: getattr(problem, wide).float()})
+    _, residuals, *_ = flex._ops.ops.topk_forward(*problem, True, True)
+    assert residuals.dtype == kept
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # numpy's, of the interpreter
+def test_what_overflows_in_bfloat16_takes_nothing_from_the_rest_of_its_sample(flex, device):
+    problem = make_problem(4, 48, 9, 33, device=device, dtypes=torch.bfloat16)
+    problem.target[1, 3] = float("inf")
+    result, expected = run(flex.triton_topk_sae_loss, problem), truth("topk", problem)
+    assert result.loss.item() == float("inf")
+    for name in ("weight", "bias", "target"):
+        value, true = getattr(result, name), getattr(expected, name)
+        finite = true.isfinite()
+        assert not finite.all() and torch.equal(value.isfinite(), finite)
+        assert_errs_by_one_rounding(value[finite], true[finite])
+
+
 @pytest.mark.parametrize("kind", LOSSES)
 @pytest.mark.usefixtures("narrow")
 def test_an_outlier_column_takes_no_digits_from_the_others(flex, device, kind):

@@ -126,9 +126,10 @@ def _narrow_kernel(
     largest = tl.zeros([BLOCK_D], tl.float32)
     for start in range(0, width, BLOCK_D):
         cols = start + tl.arange(0, BLOCK_D)
-        largest = tl.maximum(largest, tl.abs(tl.load(rows_ptr + b * width + cols, mask=cols < width, other=0.0)))
-    # The largest becomes 2**15. A unit is normal and finite, also of zeros and of what has overflowed.
-    unit = tl.minimum(tl.maximum(tl.max(largest, axis=0) * 2.0**-15, 2.0**-126), 2.0**112)
+        size = tl.abs(tl.load(rows_ptr + b * width + cols, mask=cols < width, other=0.0))
+        largest = tl.maximum(largest, tl.where(size < float("inf"), size, 0.0))
+    # The largest finite number becomes 2**15, but no unit is smaller than the smallest normal number.
+    unit = tl.maximum(tl.max(largest, axis=0) * 2.0**-15, 2.0**-126)
     tl.store(units_ptr + b, unit)
     for start in range(0, width, BLOCK_D):
         cols = start + tl.arange(0, BLOCK_D)
@@ -156,7 +157,7 @@ def _topk_forward(
     shares = torch.empty((tiles, B), dtype=dtype, device=weight.device)
     width = _row_width(weight, dtype)
     recon_grad = new_empty(weight, *((B, width) if needs_grad else (0,)), dtype=dtype)
-    units = shares.new_empty(B if needs_grad and _is_narrow(K, weight, vals, bias, target) else 0)
+    units = shares.new_empty(B if needs_pairs and _is_narrow(K, weight, vals, bias, target) else 0)
     pairs = new_pairs(indices, F, dtype, bias_pairs=B) if needs_pairs else ()
     with device_of(weight):
         before = mark(B * K * D, weight) if needs_pairs else None
@@ -192,14 +193,13 @@ def _topk_forward(
             rows, recon_grad = recon_grad, new_empty(recon_grad, B, width, dtype=torch.float16)
             block_d = min(_NARROW_BLOCK_D, next_power_of_2(width))
             _narrow_kernel[(B,)](recon_grad, units, rows, width, BLOCK_D=block_d)
-            if needs_pairs:
-                gather_pairs(pairs, indices, vals, units, want_slots=False)
+            gather_pairs(pairs, indices, vals, units, want_slots=False)
     return shares.sum(), recon_grad, units, list(pairs)
 
 
 def _is_narrow(K, *tensors):
     """Whether g is kept in float16: where no gradient that comes of it keeps more than 8 bits, and it is read often."""
-    return K >= _NARROW_K and all(tensor.dtype == torch.bfloat16 for tensor in tensors)
+    return all(tensor.dtype == torch.bfloat16 for tensor in tensors) and K >= _NARROW_K
 
 
 def _row_width(weight, dtype):
@@ -227,7 +227,8 @@ def _topk_backward(
         if needs_bias:
             bias_grad = weight.new_empty(D, dtype=bias_dtype)
             if not needs_weight:
-                bias_grad.copy_(sum_columns(_wide(recon_grad, units), D, grad_out))
+                rows = recon_grad * units[:, None] if units.numel() else recon_grad
+                bias_grad.copy_(sum_columns(rows, D, grad_out))
         if needs_weight or needs_vals:
             pairs = OrderedPairs(*pairs)
             pieces = dots = None
@@ -245,11 +246,6 @@ def _topk_backward(
         vals_grad if needs_vals else vals.new_empty(0),
         bias_grad if needs_bias else weight.new_empty(0, dtype=bias_dtype),
     )
-
-
-def _wide(recon_grad, units):
-    """g itself, whatever the units of its rows."""
-    return recon_grad * units[:, None] if units.numel() else recon_grad
 
 
 torch.library.define(
@@ -271,7 +267,7 @@ torch.library.impl(add_op_namespace_prefix("topk_backward"), "default", _topk_ba
 def _topk_forward_fake(indices, weight, vals, bias, target, needs_grad, needs_pairs):
     dtype = compute_dtype(weight, vals, bias, target)
     shape = (target.shape[0], _row_width(weight, dtype)) if needs_grad else (0,)
-    narrow = needs_grad and _is_narrow(indices.shape[1], weight, vals, bias, target)
+    narrow = needs_pairs and _is_narrow(indices.shape[1], weight, vals, bias, target)
     recon_grad = weight.new_empty(shape, dtype=torch.float16 if narrow else dtype)
     units = weight.new_empty(target.shape[0] if narrow else 0, dtype=dtype)
     pairs = ()
@@ -314,7 +310,8 @@ class TopKSAELoss(torch.autograd.Function):
             grads = (grad if needed else None for grad, needed in zip(grads, needs))
         target_grad = None
         if needs_target:
-            target_grad = (_wide(recon_grad, units)[:, : weight.shape[1]] * -grad_out).to(ctx.target_dtype)
+            scale = -grad_out * units[:, None] if units.numel() else -grad_out
+            target_grad = (recon_grad[:, : weight.shape[1]] * scale).to(ctx.target_dtype)
         return None, *grads, target_grad, None
 
 
