@@ -42,12 +42,20 @@ SIZES = (
 )
 
 
-def launch_everything(flex, dtype, B, F, D):
+def rows(n, D, dtype, padding):
+    """[n, D], slices of rows that are longer by ``padding``; without it a single row lies as in a transposed column."""
+    return (
+        torch.empty(D, 1, dtype=dtype).t()
+        if n == 1 and not padding
+        else torch.empty(n, D + padding, dtype=dtype)[:, :D]
+    )
+
+
+def launch_everything(flex, dtype, B, F, D, padding):
     """Every launch of a training step, with both forms of the hierarchical gradient where a dtype has both."""
     ops, K = flex._ops.ops, 32
     accumulation = torch.promote_types(dtype, torch.float32)
-    # A single row with another stride, as it has in a transposed column
-    weight, target = (torch.empty(D, n, dtype=dtype).t() if n == 1 else torch.empty(n, D, dtype=dtype) for n in (F, B))
+    weight, target = (rows(n, D, dtype, padding) for n in (F, B))
     bias = torch.empty(D, dtype=dtype)
     scalar, state = torch.empty((), dtype=accumulation), torch.empty(B, D, dtype=accumulation)
     # More steps turn g of bfloat16 inputs to float16.
@@ -67,21 +75,30 @@ def launch_everything(flex, dtype, B, F, D):
 
 def main(target, out):
     flex = get_kernel("t-tech/flex-sae", version=1, trust_remote_code=True)
-    compiled = []
-    run = JITFunction.run
+    compiled, by_key = [], {}
+    launcher, run = flex.launch._QuickLauncher, JITFunction.run
 
     def compile_only(self, *args, grid, warmup, **kwargs):
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         if all(kernel is not known for known, *_ in compiled):
             compiled.append((kernel, {"kernel": self.fn.__name__, "atomic": kwargs.get("ATOMIC", False), **step}))
+        return kernel
 
-    JITFunction.run = compile_only
+    def compile_and_compare(self, grid, *args, **constants):
+        kernel = self._kernel[grid](*args, **constants)
+        # Here every launch asks the JIT. What later ones look the kernel up by has to tell as many apart.
+        assert by_key.setdefault((self, self._key(args, constants)), kernel) is kernel, self._kernel.fn.__name__
+
+    JITFunction.run, launcher._launch = compile_only, compile_and_compare
     driver.set_active(TargetOnly(TARGETS[target]))
-    problems = [(dtype, B, F, D, n == 0) for dtype in DTYPES for n, (B, F) in enumerate(SIZES)]
-    for dtype, B, F, columns, first in (*problems, (torch.float32, *SIZES[0], ODD_D, True)):
+    problems = [(dtype, B, F, D, 0, n == 0) for dtype in DTYPES for n, (B, F) in enumerate(SIZES)]
+    # Slices of rows of 1024, a single row among them
+    problems += [(torch.float32, B, F, ODD_D, 24, n == 0) for n, (B, F) in enumerate(((64, 256), (1, 256), (64, 1)))]
+    problems.append((torch.float32, *SIZES[0], ODD_D, 0, True))
+    for dtype, B, F, columns, padding, first in problems:
         step = {"target": target, "dtype": str(dtype).removeprefix("torch."), "B": B, "F": F, "first": first}
         step["aligned"] = columns == D
-        launch_everything(flex, dtype, B, F, columns)
+        launch_everything(flex, dtype, B, F, columns, padding)
     assembly = "amdgcn" if target.startswith("gfx") else "sass"
     kernels = [{**facts, "assembly": kernel.asm[assembly]} for kernel, facts in compiled]
     with open(out, "w") as file:

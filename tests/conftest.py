@@ -40,6 +40,21 @@ def flex(tmp_path_factory):
     return get_kernel(REPO_ID, version=1, trust_remote_code=True)
 
 
+@pytest.fixture(autouse=not INTERPRETED)
+def launches_what_triton_would(flex, monkeypatch):
+    """In all tests on a GPU, every compiled kernel that is launched without Triton is the one that Triton chooses."""
+    launcher = flex.launch._QuickLauncher
+    launch = launcher._launch
+
+    def compared(self, grid, *args, **constants):
+        compiled = self._compiled.get(self._key(args, constants))
+        if compiled is not None:
+            assert self.warmup(*args, grid=grid, **constants) is compiled
+        launch(self, grid, *args, **constants)
+
+    monkeypatch.setattr(launcher, "_launch", compared)
+
+
 @pytest.fixture(scope="session")
 def device():
     """Where tensors live: "cuda", or "cpu" under the interpreter."""

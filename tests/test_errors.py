@@ -65,6 +65,8 @@ MISTAKES = [
      "weight must be dense (torch.strided), got torch.sparse_coo"),
     ("target", lambda device: torch.zeros(4, 33, device=device).to_sparse_csr(), TypeError,
      "target must be dense (torch.strided), got torch.sparse_csr"),
+    ("vals", lambda device: torch.nested.nested_tensor([torch.ones(3), torch.ones(2)], device=device), TypeError,
+     "vals must be dense (torch.strided), got a nested tensor"),
     ("bias", lambda device: None, TypeError, "bias must be a torch.Tensor, got NoneType"),
 ]  # fmt: skip
 

@@ -60,6 +60,12 @@ def guarded(request, flex, monkeypatch):
     torch.use_deterministic_algorithms(False)
 
 
+def assert_nothing_was_written_beside(buffers):
+    assert buffers, "the package allocates in a way that this test does not see"
+    for edge in (edge for buffer in buffers for edge in (buffer[:GUARD], buffer[-GUARD:])):
+        assert (edge.isnan() if edge.is_floating_point() else edge == poison_of(edge.dtype)).all()
+
+
 @pytest.fixture(params=["counted", "sorted"])
 def order(request, flex, monkeypatch):
     """So few pairs are counted: here also sorted, as more are."""
@@ -84,10 +90,7 @@ def test_only_what_was_written_is_read_and_nothing_is_written_beside(flex, devic
     problem = Problem(*(laid_out(tensor, layout) for tensor in problem))
     guarded.clear()
     result = run(triton_loss(flex, kind), problem)
-    edges = [edge for buffer in guarded for edge in (buffer[:GUARD], buffer[-GUARD:])]
-    assert edges, "the package allocates in a way that this test does not see"
-    for edge in edges:
-        assert (edge.isnan() if edge.is_floating_point() else edge == poison_of(edge.dtype)).all()
+    assert_nothing_was_written_beside(guarded)
     assert_right(kind, problem, result)
 
 
@@ -97,8 +100,7 @@ def test_residuals_in_float16_stay_in_their_memory(flex, device, guarded, sizes)
     problem = make_problem(*sizes, device=device, dtypes=torch.bfloat16)
     guarded.clear()
     result = run(flex.triton_topk_sae_loss, problem)
-    for edge in (edge for buffer in guarded for edge in (buffer[:GUARD], buffer[-GUARD:])):
-        assert (edge.isnan() if edge.is_floating_point() else edge == poison_of(edge.dtype)).all()
+    assert_nothing_was_written_beside(guarded)
     assert all(value.isfinite().all() for value in result)
     if not INTERPRETED:  # which truncates to bfloat16
         assert_right("topk", problem, result)

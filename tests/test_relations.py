@@ -10,6 +10,7 @@ from support import (
     Result,
     assert_agree,
     assert_right,
+    deterministic_algorithms,
     make_problem,
     run,
     triton_loss,
@@ -89,6 +90,18 @@ def test_a_batch_is_the_mean_of_its_parts(flex, device, kind):
 def test_gradients_scale_with_grad_out(flex, device, kind, grad_out):
     problem = make_problem(4, 5, 9, 33, device=device)
     assert_right(kind, problem, run(triton_loss(flex, kind), problem, torch.tensor(grad_out, device=device)), grad_out)
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+@pytest.mark.parametrize("deterministic", [False, True], ids=["default", "deterministic"])
+@pytest.mark.parametrize("F", [9, 300])  # 300: so many that zeros are written first
+def test_features_without_pairs_have_no_gradient_whatever_grad_out_is(flex, device, kind, deterministic, F):
+    problem = make_problem(4, 5, F, 33, device=device)
+    problem.indices.clamp_(max=7)
+    with deterministic_algorithms(deterministic):
+        result = run(triton_loss(flex, kind), problem, torch.tensor(float("inf"), device=device))
+    assert not result.weight[8:].any()
+    assert not result.weight[problem.indices].isfinite().any()
 
 
 @pytest.mark.parametrize("kind", LOSSES)

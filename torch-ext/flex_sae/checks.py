@@ -44,8 +44,9 @@ def check_inputs(
     for name, tensor in tensors.items():
         if tensor.device != weight.device:
             raise ValueError(f"{name} must be on the device of weight, {weight.device}, got {tensor.device}")
-        if tensor.layout != torch.strided:
-            raise TypeError(f"{name} must be dense (torch.strided), got {tensor.layout}")
+        if tensor.layout != torch.strided or tensor.is_nested:
+            layout = "a nested tensor" if tensor.is_nested else tensor.layout
+            raise TypeError(f"{name} must be dense (torch.strided), got {layout}")
         if name == "indices":
             if tensor.dtype not in (torch.int32, torch.int64):
                 raise TypeError(f"indices must be int32 or int64, got {tensor.dtype}")
@@ -94,15 +95,24 @@ def unit_stride_rows(tensor: torch.Tensor) -> torch.Tensor:
     """``tensor`` itself where its rows can be read in place, else a contiguous copy."""
     if tensor.stride(1) != 1:
         tensor = tensor.contiguous()
-    # The stride of a single row means nothing, but another one could mean another compilation.
-    return tensor if tensor.shape[0] > 1 else tensor.as_strided(tensor.shape, (tensor.shape[1], 1))
+    # The stride of a single row means nothing, but one that more rows would not have could mean another compilation.
+    rows, columns = tensor.shape
+    return tensor if rows > 1 or tensor.stride(0) >= columns else tensor.as_strided(tensor.shape, (columns, 1))
+
+
+def savable(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The tensors, those made in inference mode as copies: autograd saves none of these. (torch.compile takes none.)"""
+    if torch.compiler.is_compiling():
+        return tensors
+    return tuple(tensor.clone() if tensor.is_inference() else tensor for tensor in tensors)
 
 
 def device_of(tensor: torch.Tensor):
     """A context in which launches go to the tensor's device, which need not be the current one."""
     if tensor.device.type == "cpu":
         return contextlib.nullcontext()
-    return getattr(torch, tensor.device.type).device(tensor.device)
+    # (An index: torch takes 5 us to see that a torch.device is one of this kind.)
+    return getattr(torch, tensor.device.type).device(tensor.get_device())
 
 
 def mark(terms: int, tensor: torch.Tensor) -> Optional[tuple]:

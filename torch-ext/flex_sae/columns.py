@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from .checks import cdiv, next_power_of_2
+from .launch import quick_launch
 
 # Rows of a program, and rows and columns that its 16 warps read at a time. Of eight such tiles on an H200 the fastest
 # (B=4096, D=2304, rows in the L2 cache: 7 us, torch.sum 20). At B=8192 one program for all rows takes 22 us, two and
@@ -12,6 +13,7 @@ from .checks import cdiv, next_power_of_2
 _ROWS, _BLOCK_B, _BLOCK_D, _WARPS = 8192, 512, 16, 16
 
 
+@quick_launch
 @triton.jit(do_not_specialize=["B"], do_not_specialize_on_alignment=["scale_ptr"])
 def _sum_columns_kernel(
     out_ptr,  # [cdiv(B, ROWS), D]

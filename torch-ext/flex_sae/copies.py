@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from .checks import cdiv, next_power_of_2
+from .launch import quick_launch
 
 # A feature has a copy for every so many of its pairs, but always a power of two of them, and not just one. On an H200
 # with Zipf(1) indices (B=4096, F=65536, D=2304) a step at K=32 takes 0.90, 0.94, 1.03 ms with 128, 256, 512, and 1.35
@@ -54,6 +55,7 @@ def count_pairs(
             tl.atomic_add(plan_ptr + feature, 1, mask=(feature >= 0) & (feature < F), sem="relaxed")
 
 
+@quick_launch
 @triton.jit(do_not_specialize=["F", "copy_pairs"])
 def _plan_copies_kernel(
     plan_ptr,  # [F + 1 + _MAX_COPIES]
@@ -90,6 +92,7 @@ def row_to_add_to(
     return tl.where(planned > 0, F + copy.to(tl.int64), feature)
 
 
+@quick_launch
 @triton.jit(do_not_specialize=["F"])
 def _sum_copies_kernel(
     rows_ptr,  # [F + copies, D]

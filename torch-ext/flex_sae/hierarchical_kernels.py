@@ -40,12 +40,14 @@ from .checks import (
     next_power_of_2,
     refuse_second_derivative,
     runs_triton,
+    savable,
     select,
     tile_columns,
     unit_stride_rows,
 )
 from .columns import sum_columns
 from .copies import count_pairs, needs_copies, new_plan, new_rows, plan_copies, row_to_add_to, sum_copies
+from .launch import quick_launch
 from .pairs import (
     OrderedPairs,
     finish,
@@ -76,6 +78,7 @@ _ATOMIC_BLOCK_K, _ATOMIC_BLOCK_D = 8, 64
 _SCRATCH_BYTES = 2**15
 
 
+@quick_launch
 @triton.jit(do_not_specialize=["B", "F", "weight_stride", "counts"])
 def _hierarchical_forward_kernel(
     loss_ptr,  # [cdiv(D, BLOCK_D), B], this tile's share of the loss
@@ -142,6 +145,7 @@ def _hierarchical_forward_kernel(
     tl.store(loss_ptr + tile.to(tl.int64) * B + b, tl.sum(squares) / (tl.full([], 1.0, dtype) * B * K * D))
 
 
+@quick_launch
 @triton.jit(do_not_specialize=["B", "F", "weight_stride", "scratch_stride", "first_tile"])
 def _hierarchical_backward_kernel(
     weight_sums_ptr,  # [F + copies, D], zeros to add to, or None
@@ -464,8 +468,8 @@ def _ordered_gradients(launch, scale, suffix, units, weight, vals, pairs, needs_
 
 
 def _units(losses, tiles, K, D):
-    """For each sample a unit in which its S_i fit float16: they are at most 2**15 units, as by Cauchy-Schwarz
-    |S_i| <= sum_j |r_j| <= sqrt(K sum_j |r_j|^2), and far from the smallest float16."""
+    """For each sample a unit in which its S_i fit float16: unless its loss overflows or vanishes they are at most 2**15
+    units, as by Cauchy-Schwarz |S_i| <= sum_j |r_j| <= sqrt(K sum_j |r_j|^2), and far from the smallest float16."""
     # What a tile's share lost to underflow is less than the smallest normal number. One that overflowed is infinite.
     limits = torch.finfo(losses.dtype)
     losses = losses.clamp(tiles * limits.tiny, limits.max)
@@ -513,7 +517,7 @@ class HierarchicalSAELoss(torch.autograd.Function):
         loss, suffix, units, plan, pairs = ops.hierarchical_forward(
             indices, weight, vals, bias, target, needs_grad, needs_weight and not ordered, needs_weight and ordered
         )
-        ctx.save_for_backward(suffix, units, plan, indices, weight, vals, bias, target, *pairs)
+        ctx.save_for_backward(suffix, units, plan, *savable(indices, weight, vals, bias, target), *pairs)
         return loss
 
     @staticmethod
@@ -548,7 +552,7 @@ def triton_hierarchical_sae_loss(
     Args:
         indices: ``[B, K]`` int32 or int64, the active features of each sample, most important first, in ``[0, F)``.
             One out of range is not followed and makes the loss and every gradient that its sample has a part in NaN (it
-            may count as 0 or F - 1); ``FLEX_SAE_CHECK_INDICES=1`` in the environment raises IndexError instead, at the
+            may count as any other); ``FLEX_SAE_CHECK_INDICES=1`` in the environment raises IndexError instead, at the
             cost of a device synchronisation.
         weight: ``[F, D]``, the decoder. Rows with unit stride are read in place, also of a slice; another layout, such
             as the transpose of an ``nn.Linear`` weight, costs a copy of weight in the forward and in the backward pass.
@@ -559,7 +563,8 @@ def triton_hierarchical_sae_loss(
     weight, vals, bias and target are float16, bfloat16, float32 or float64 in any mixture. Sums are float32, or float64
     if any of the four is, and are rounded once, where they are stored. Where weight is bfloat16 and sums are float32,
     the S_i in its gradient are rounded to 11 bits before, three more than the gradient keeps (to fewer below 2e-9 of
-    the largest that the sample can have).
+    the largest that the sample can have). Where residuals are so large or small that their squares leave the range of
+    float32, those S_i may overflow or be lost.
 
     Returns:
         0-dim float32 (float64 if any input is) tensor, differentiable once in weight, vals, bias and target. Loss and

@@ -33,11 +33,13 @@ from .checks import (
     next_power_of_2,
     refuse_second_derivative,
     runs_triton,
+    savable,
     select,
     tile_columns,
     unit_stride_rows,
 )
 from .columns import sum_columns
+from .launch import quick_launch
 from .pairs import (
     SUM_BLOCK_D,
     OrderedPairs,
@@ -61,6 +63,7 @@ _NARROW_K = 48
 _NARROW_BLOCK_D = 4096
 
 
+@quick_launch
 @triton.jit(do_not_specialize=["B", "F", "weight_stride"])
 def _topk_forward_kernel(
     loss_ptr,  # [cdiv(D, BLOCK_D), B], this tile's share of the loss
@@ -114,6 +117,7 @@ def _topk_forward_kernel(
     tl.store(loss_ptr + tile.to(tl.int64) * B + b, tl.sum(residual * residual) / B / D)
 
 
+@quick_launch
 @triton.jit
 def _narrow_kernel(
     narrow_ptr,  # [B, width], float16
@@ -295,7 +299,7 @@ class TopKSAELoss(torch.autograd.Function):
     def forward(ctx, indices, weight, vals, bias, target, needs_grad):
         needs_pairs = needs_grad and any(ctx.needs_input_grad[1:3])
         loss, recon_grad, units, pairs = ops.topk_forward(indices, weight, vals, bias, target, needs_grad, needs_pairs)
-        ctx.save_for_backward(recon_grad, units, weight, vals, *pairs)
+        ctx.save_for_backward(recon_grad, units, *savable(weight, vals), *pairs)
         ctx.bias_dtype, ctx.target_dtype = bias.dtype, target.dtype
         return loss
 
@@ -330,8 +334,8 @@ def triton_topk_sae_loss(
 
     Args:
         indices: ``[B, K]`` int32 or int64, the active features of each sample, in ``[0, F)``. One out of range is not
-            followed and makes the loss and every gradient that its sample has a part in NaN (it may count as 0 or
-            F - 1); ``FLEX_SAE_CHECK_INDICES=1`` in the environment raises IndexError instead, at the cost of a device
+            followed and makes the loss and every gradient that its sample has a part in NaN (it may count as any
+            other); ``FLEX_SAE_CHECK_INDICES=1`` in the environment raises IndexError instead, at the cost of a device
             synchronisation.
         weight: ``[F, D]``, the decoder. Rows with unit stride are read in place, also of a slice; another layout, such
             as the transpose of an ``nn.Linear`` weight, costs a copy of weight in the forward and in the backward pass.
@@ -342,7 +346,7 @@ def triton_topk_sae_loss(
     weight, vals, bias and target are float16, bfloat16, float32 or float64 in any mixture. Sums are float32, or float64
     if any of the four is, and are rounded once, where they are stored. Where all four are bfloat16 and K >= 48, the
     gradients are taken of residuals that were rounded to 11 bits before, three more than the gradients keep (to fewer
-    below 2e-9 of the largest of their sample).
+    below 2e-9 of the largest of their sample), and weights beyond 1e33 may overflow.
 
     Returns:
         0-dim float32 (float64 if any input is) tensor, differentiable once in weight, vals, bias and target. The same
