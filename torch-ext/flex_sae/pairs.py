@@ -353,7 +353,8 @@ def _sum_pairs_kernel(
                 if is_piece:
                     tl.store(pieces_ptr + pid.to(tl.int64) * D + cols, total, mask=in_row)
                 else:
-                    total *= tl.load(scale_ptr, mask=start < end, other=0.0)  # an infinite one leaves zeros alone
+                    # The segment of a feature without pairs ends at 0: its zeros stay zeros whatever the scale is.
+                    total *= tl.load(scale_ptr, mask=p_end > 0, other=0.0)
                     tl.store(out_ptr + out_row * D + cols, total, mask=in_row, eviction_policy="evict_first")
 
 
