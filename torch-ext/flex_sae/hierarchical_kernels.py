@@ -344,9 +344,8 @@ def _hierarchical_backward(
     (B, K), (F, D) = indices.shape, weight.shape
     ordered = len(pairs) > 0 or _is_ordered(weight, suffix.dtype, needs_weight)
 
-    def launch(
+    def launcher(
         *,
-        first_column,
         columns,
         block_k,
         block_d,
@@ -358,8 +357,9 @@ def _hierarchical_backward(
         scratch_slots=None,
         scratch_units=None,
     ):
+        """A function that launches the kernel for ``columns`` of weight, those from a first one on."""
         block_k = min(block_k, next_power_of_2(K))
-        _hierarchical_backward_kernel[(B, cdiv(min(columns, D - first_column), block_d))](
+        args = (
             weight_sums,
             copies_plan,
             scratch,
@@ -380,15 +380,21 @@ def _hierarchical_backward(
             K,
             F,
             D,
-            first_column // block_d,
-            ATOMIC=not ordered,
-            EVEN_K=K % block_k == 0,
-            EVEN_D=D % block_d == 0,
-            ALIGN=align,
-            BLOCK_K=block_k,
-            BLOCK_D=block_d,
-            num_warps=1,
         )
+        constants = {
+            "ATOMIC": not ordered,
+            "EVEN_K": K % block_k == 0,
+            "EVEN_D": D % block_d == 0,
+            "ALIGN": align,
+            "BLOCK_K": block_k,
+            "BLOCK_D": block_d,
+        }
+
+        def launch(first_column):
+            grid = (B, cdiv(min(columns, D - first_column), block_d))
+            _hierarchical_backward_kernel[grid](*args, first_column // block_d, **constants, num_warps=1)
+
+        return launch
 
     weight_grad = vals_grad = bias_grad = None
     with device_of(weight):
@@ -398,14 +404,16 @@ def _hierarchical_backward(
             weight, target = unit_stride_rows(weight), unit_stride_rows(target)
             indices, vals, bias = indices.contiguous(), vals.contiguous(), bias.contiguous()
             if not ordered:
-                weight_grad, vals_grad = _atomic_gradients(launch, suffix, plan, weight, vals, needs_weight, needs_vals)
+                weight_grad, vals_grad = _atomic_gradients(
+                    launcher, suffix, plan, weight, vals, needs_weight, needs_vals
+                )
             else:
                 if needs_weight and not pairs:  # Deterministic mode has been switched on since the forward pass.
                     pairs = new_pairs(indices, F, suffix.dtype)
                     sort_pairs(pairs, indices)
                     gather_pairs(pairs, indices, vals, units, want_slots=True)
                 weight_grad, vals_grad = _ordered_gradients(
-                    launch, scale, suffix, units, weight, vals, pairs, needs_weight, needs_vals
+                    launcher, scale, suffix, units, weight, vals, pairs, needs_weight, needs_vals
                 )
     return (
         weight_grad if needs_weight else weight.new_empty(0),
@@ -414,13 +422,12 @@ def _hierarchical_backward(
     )
 
 
-def _atomic_gradients(launch, suffix, plan, weight, vals, needs_weight, needs_vals):
+def _atomic_gradients(launcher, suffix, plan, weight, vals, needs_weight, needs_vals):
     """The gradients of weight and vals, None for one that is not needed."""
     (B, K), D = vals.shape, weight.shape[1]
     weight_sums = new_rows(weight, B, K) if needs_weight else None
     vals_sums = suffix.new_zeros(B, K) if needs_vals else None
-    launch(
-        first_column=0,
+    launch = launcher(
         columns=D,
         block_k=_ATOMIC_BLOCK_K,
         block_d=min(_ATOMIC_BLOCK_D, next_power_of_2(D)),
@@ -430,11 +437,12 @@ def _atomic_gradients(launch, suffix, plan, weight, vals, needs_weight, needs_va
         weight_sums=weight_sums,
         copies_plan=plan if needs_weight else None,
     )
+    launch(0)
     weight_grad = sum_copies(weight_sums, plan) if needs_weight else None
     return weight_grad, vals_sums.to(vals.dtype) if needs_vals else None
 
 
-def _ordered_gradients(launch, scale, suffix, units, weight, vals, pairs, needs_weight, needs_vals):
+def _ordered_gradients(launcher, scale, suffix, units, weight, vals, pairs, needs_weight, needs_vals):
     """The gradients of weight and vals, None for one that is not needed."""
     (B, K), D = vals.shape, weight.shape[1]
     scratch_dtype = torch.float16 if _narrow_scratch(weight, suffix.dtype) else suffix.dtype
@@ -448,18 +456,18 @@ def _ordered_gradients(launch, scale, suffix, units, weight, vals, pairs, needs_
         pairs = OrderedPairs(*pairs)
         weight_grad, slots, pieces = new_sums(pairs, weight), pairs.link, new_pieces(pairs, D)
         scratch = new_empty(suffix, B * K, columns, dtype=scratch_dtype)
+    launch = launcher(
+        columns=columns,
+        block_k=_SCRATCH_BLOCK_K if block_d <= 64 else _WIDE_SCRATCH_BLOCK_K,
+        block_d=block_d,
+        align=lane_columns(weight, block_d),
+        vals_sums=vals_sums,
+        scratch=scratch,
+        scratch_slots=slots,
+        scratch_units=units if units.numel() else None,
+    )
     for first_column in range(0, D, columns):
-        launch(
-            first_column=first_column,
-            columns=columns,
-            block_k=_SCRATCH_BLOCK_K if block_d <= 64 else _WIDE_SCRATCH_BLOCK_K,
-            block_d=block_d,
-            align=lane_columns(weight, block_d),
-            vals_sums=vals_sums,
-            scratch=scratch,
-            scratch_slots=slots,
-            scratch_units=units if units.numel() else None,
-        )
+        launch(first_column)
         if needs_weight:
             sum_pairs(pairs, scratch, None, weight, scale, weight_grad, pieces, first_column=first_column)
     if needs_weight:
