@@ -11,6 +11,7 @@ import pytest
 
 CUDA_TARGETS = ("sm_80", "sm_90", "sm_100")
 TARGETS = (*CUDA_TARGETS, "gfx942")
+FORWARD = ("_topk_forward_kernel", "_hierarchical_forward_kernel")
 
 
 @pytest.fixture(scope="module")
@@ -18,6 +19,7 @@ def compiled(flex, tmp_path_factory):  # flex has built the package and set LOCA
     folder = tmp_path_factory.mktemp("aot")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(folder / "cache")
+    environment["TRITON_DEFAULT_FP_FUSION"] = "0"  # as from Triton 3.10 on
     worker = Path(__file__).with_name("aot_worker.py")
     workers, kernels = {}, []
     for target in TARGETS:
@@ -83,6 +85,13 @@ def test_32_warps_of_the_feature_sum_fit_a_multiprocessor(compiled, dtype, align
         assert max(map(int, re.findall(r"\bR(\d+)\b", variant["assembly"]))) < 64
 
 
+@pytest.mark.parametrize("target", CUDA_TARGETS)
+def test_products_are_added_in_one_instruction(compiled, target):
+    for kernel in (*FORWARD, "_hierarchical_backward_kernel", "_sum_pairs_kernel"):
+        for variant in of(compiled, target=target, kernel=kernel, dtype="float32"):
+            assert count(variant, r"\bFFMA2?\b") >= 16  # else there are none
+
+
 # Whether D is a multiple of 16 or only of 4, as far as the compiler goes; the pieces that are finished are few.
 @pytest.mark.parametrize(
     "kernel, aligned",
@@ -113,9 +122,6 @@ def test_float32_gradients_are_added_16_bytes_at_a_time(compiled, target, aligne
     kernel = "_hierarchical_backward_kernel"
     for variant in of(compiled, target=target, kernel=kernel, dtype="float32", atomic=True, aligned=aligned):
         assert count(variant, r"\bREDG?\.\S*F32x4\b")
-
-
-FORWARD = ("_topk_forward_kernel", "_hierarchical_forward_kernel")
 
 
 @pytest.mark.parametrize("kernel", FORWARD)
