@@ -92,6 +92,12 @@ def test_products_are_added_in_one_instruction(compiled, target):
             assert count(variant, r"\bFFMA2?\b") >= 16  # else there are none
 
 
+def test_the_rows_of_a_column_sum_are_on_their_way_together(compiled):
+    # On an H200 (B=8192, D=2304) one after the other takes 39 us, all four at a time 22.
+    for variant in of(compiled, target="sm_90", kernel="_sum_columns_kernel", dtype="float32", aligned=True):
+        assert len(set(re.findall(r"\bLDG\.E\.128\S* (R\d+)", variant["assembly"]))) == 4
+
+
 # Whether D is a multiple of 16 or only of 4, as far as the compiler goes; the pieces that are finished are few.
 @pytest.mark.parametrize(
     "kernel, aligned",

@@ -23,6 +23,7 @@ from support import (
     triton_loss,
 )
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton.runtime.jit import JITFunction
@@ -65,16 +66,17 @@ def saved_bytes(loss, problem):
 
 
 class OutputsOfOps(TorchDispatchMode):
-    """Collects the tensors that the package's ops return."""
+    """Collects the names of the package's ops and the tensors that they return."""
 
     def __init__(self, flex):
         super().__init__()
         self.namespace = flex._ops._OPS_NAME
-        self.tensors = []
+        self.names, self.tensors = [], []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         outputs = func(*args, **(kwargs or {}))
         if func.namespace == self.namespace:
+            self.names.append(func.name().split("::")[1])
             self.tensors += tree_leaves(outputs)
         return outputs
 
@@ -243,6 +245,50 @@ def test_ops_pass_opcheck(flex, device, monkeypatch, op):
     for name, arguments in op_arguments(flex, device, monkeypatch):
         if name == op:
             torch.library.opcheck(getattr(flex._ops.ops, op).default, arguments)
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_a_mode_sees_the_ops(flex, device, kind):
+    problem = make_problem(4, 5, 9, 33, device=device)
+    with OutputsOfOps(flex) as mode:
+        seen = run(triton_loss(flex, kind), problem)
+    assert mode.names == [f"{kind}_forward", f"{kind}_backward"]
+    assert_agree(kind, problem, seen, run(triton_loss(flex, kind), problem))
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_fake_tensors_see_the_ops(flex, device, kind):
+    problem = make_problem(4, 5, 9, 33, device=device)
+    mode = FakeTensorMode()
+    fake = Problem(*(mode.from_tensor(tensor) for tensor in problem))
+    leaves = [tensor.requires_grad_() for tensor in fake[1:]]
+    loss = triton_loss(flex, kind)(*fake)  # outside the mode: it is the tensors that know
+    gradients = torch.autograd.grad(loss, leaves)
+    assert loss.shape == ()
+    assert [(g.shape, g.dtype) for g in gradients] == [(t.shape, t.dtype) for t in problem[1:]]
+
+
+@needs_cuda
+@pytest.mark.parametrize("kind", LOSSES)
+def test_saved_tensors_that_do_not_come_back_to_the_gpu_are_refused(flex, kind):
+    problem = make_problem(4, 5, 9, 33, device="cuda")
+    loss = triton_loss(flex, kind)
+    run(loss, problem)  # compiles
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.cpu(), lambda tensor: tensor):
+        result = loss(*problem._replace(weight=problem.weight.requires_grad_()))
+    with pytest.raises(ValueError, match="cannot be accessed from Triton"):
+        result.backward()
+
+
+@pytest.mark.parametrize("kind", LOSSES)
+def test_gradients_that_are_negated_lazily(flex, device, kind):
+    problem = make_problem(4, 5, 9, 33, device=device)
+
+    def step(*inputs):  # the real part of -i times the conjugate of i times the loss
+        loss = triton_loss(flex, kind)(*inputs)
+        return (torch.complex(torch.zeros_like(loss), loss).conj() * 1j).real
+
+    assert_right(kind, problem, run(step, problem))
 
 
 # Inductor needs a C++ compiler on a CPU. The ops are the same to both: only what is around them gets compiled.

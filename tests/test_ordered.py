@@ -149,13 +149,13 @@ def test_scratch_for_some_of_the_columns_is_enough(flex, device, monkeypatch, ti
 
     kernels = submodule(flex, "hierarchical_kernels")
     monkeypatch.setattr(kernels, "_SCRATCH_BYTES", K * tiles * tile * itemsize)
-    first_columns, sum_pairs = [], kernels.sum_pairs
+    first_columns, pairs_summer = [], kernels.pairs_summer
 
-    def spy(*args, first_column, **kwargs):
-        first_columns.append(first_column)
-        sum_pairs(*args, first_column=first_column, **kwargs)
+    def spy(*args):
+        sum_pairs = pairs_summer(*args)
+        return lambda first_column: (first_columns.append(first_column), sum_pairs(first_column))
 
-    monkeypatch.setattr(kernels, "sum_pairs", spy)
+    monkeypatch.setattr(kernels, "pairs_summer", spy)
     leaves = [getattr(problem, name).clone().requires_grad_() for name in names]
     with deterministic_algorithms():
         loss = flex.triton_hierarchical_sae_loss(*problem._replace(**dict(zip(names, leaves, strict=True))))

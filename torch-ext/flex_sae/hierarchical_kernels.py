@@ -56,8 +56,8 @@ from .pairs import (
     new_pairs,
     new_pieces,
     new_sums,
+    pairs_summer,
     sort_pairs,
-    sum_pairs,
 )
 
 # Steps of a forward tile. Of 4 to 32 on an H200 (B=4096, F=65536, D=2304) the best at K=128, by 9% in float32 and by
@@ -326,7 +326,7 @@ def _narrow_scratch(weight, dtype):
 
 
 def _hierarchical_backward(
-    scale: torch.Tensor,  # 0-dim, c
+    grad_out: torch.Tensor,  # 0-dim
     suffix: torch.Tensor,  # [B, D], S_0
     units: torch.Tensor,  # [B], or empty
     plan: torch.Tensor,  # of copies, or empty
@@ -396,10 +396,11 @@ def _hierarchical_backward(
 
         return launch
 
-    weight_grad = vals_grad = bias_grad = None
+    weight_grad = vals_grad = None
     with device_of(weight):
-        if needs_bias:  # first, while S_0 is in the L2 cache
-            bias_grad = sum_columns(suffix, D, scale).to(bias.dtype)
+        # First, while S_0 is in the L2 cache, and also where bias needs no gradient: c comes with it. A launch for c
+        # alone is up to a tenth of a small step.
+        bias_sums, scale = sum_columns(suffix, grad_out, K)
         if needs_weight or needs_vals:
             weight, target = unit_stride_rows(weight), unit_stride_rows(target)
             indices, vals, bias = indices.contiguous(), vals.contiguous(), bias.contiguous()
@@ -418,7 +419,7 @@ def _hierarchical_backward(
     return (
         weight_grad if needs_weight else weight.new_empty(0),
         vals_grad if needs_vals else vals.new_empty(0),
-        bias_grad if needs_bias else bias.new_empty(0),
+        bias_sums.to(bias.dtype) if needs_bias else bias.new_empty(0),
     )
 
 
@@ -456,6 +457,7 @@ def _ordered_gradients(launcher, scale, suffix, units, weight, vals, pairs, need
         pairs = OrderedPairs(*pairs)
         weight_grad, slots, pieces = new_sums(pairs, weight), pairs.link, new_pieces(pairs, D)
         scratch = new_empty(suffix, B * K, columns, dtype=scratch_dtype)
+        sum_scratch = pairs_summer(pairs, scratch, None, weight, scale, weight_grad, pieces)
     launch = launcher(
         columns=columns,
         block_k=_SCRATCH_BLOCK_K if block_d <= 64 else _WIDE_SCRATCH_BLOCK_K,
@@ -469,7 +471,7 @@ def _ordered_gradients(launcher, scale, suffix, units, weight, vals, pairs, need
     for first_column in range(0, D, columns):
         launch(first_column)
         if needs_weight:
-            sum_pairs(pairs, scratch, None, weight, scale, weight_grad, pieces, first_column=first_column)
+            sum_scratch(first_column)
     if needs_weight:
         finish(pairs, scale, weight_grad, pieces)
     return weight_grad, vals_sums.sum(0).to(vals.dtype) if needs_vals else None
@@ -493,8 +495,9 @@ torch.library.impl(add_op_namespace_prefix("hierarchical_forward"), "default", _
 
 torch.library.define(
     add_op_namespace_prefix("hierarchical_backward"),
-    "(Tensor scale, Tensor suffix, Tensor units, Tensor plan, Tensor indices, Tensor weight, Tensor vals, Tensor bias,"
-    " Tensor target, Tensor[] pairs, bool needs_weight, bool needs_vals, bool needs_bias) -> (Tensor, Tensor, Tensor)",
+    "(Tensor grad_out, Tensor suffix, Tensor units, Tensor plan, Tensor indices, Tensor weight, Tensor vals,"
+    " Tensor bias, Tensor target, Tensor[] pairs, bool needs_weight, bool needs_vals, bool needs_bias)"
+    " -> (Tensor, Tensor, Tensor)",
 )
 torch.library.impl(add_op_namespace_prefix("hierarchical_backward"), "default", _hierarchical_backward)
 
@@ -510,7 +513,7 @@ def _hierarchical_forward_fake(indices, weight, vals, bias, target, needs_suffix
 
 
 @torch.library.register_fake(add_op_namespace_prefix("hierarchical_backward"))
-def _hierarchical_backward_fake(scale, suffix, units, plan, indices, weight, vals, bias, target, pairs, *needs):
+def _hierarchical_backward_fake(grad_out, suffix, units, plan, indices, weight, vals, bias, target, pairs, *needs):
     return tuple(t.new_empty(t.shape if needed else (0,)) for t, needed in zip((weight, vals, bias), needs))
 
 
@@ -533,14 +536,15 @@ class HierarchicalSAELoss(torch.autograd.Function):
         refuse_second_derivative("triton_hierarchical_sae_loss")
         suffix, units, plan, indices, weight, vals, bias, target, *pairs = ctx.saved_tensors
         _, *needs, needs_target, _ = ctx.needs_input_grad
-        scale = grad_out * (2.0 / (indices.shape[1] * suffix.numel()))
         grads = (None,) * 3
         if any(needs):
             grads = ops.hierarchical_backward(
-                scale, suffix, units, plan, indices, weight, vals, bias, target, pairs, *needs
+                grad_out, suffix, units, plan, indices, weight, vals, bias, target, pairs, *needs
             )
             grads = (grad if needed else None for grad, needed in zip(grads, needs))
-        target_grad = (suffix * -scale).to(target.dtype) if needs_target else None
+        target_grad = None
+        if needs_target:
+            target_grad = (suffix * (grad_out * (-2.0 / (indices.shape[1] * suffix.numel())))).to(target.dtype)
         return None, *grads, target_grad, None
 
 

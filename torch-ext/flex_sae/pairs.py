@@ -18,7 +18,7 @@ the order, and it is always summed in pieces.
 """
 
 import math
-from typing import NamedTuple, Optional
+from typing import Callable, NamedTuple, Optional
 
 import torch
 import triton
@@ -535,7 +535,7 @@ def _merge(parts, F, merged_keys, merged_order):
 
 
 def new_sums(pairs: OrderedPairs, weight: torch.Tensor) -> torch.Tensor:
-    """Memory for the gradient of weight [F, D], as `sum_pairs` wants it."""
+    """Memory for the gradient of weight [F, D], as `pairs_summer` wants it."""
     return weight.new_zeros(weight.shape) if _is_sparse(pairs) else new_empty(weight, *weight.shape)
 
 
@@ -567,7 +567,7 @@ def _bias_windows(pairs, wanted=True):
     return window, cdiv(bias_pairs, window)
 
 
-def sum_pairs(
+def pairs_summer(
     pairs: OrderedPairs,
     rows: torch.Tensor,  # [B, width], or without samples [P, width], contiguous
     samples: Optional[torch.Tensor],  # [P + bias pairs]
@@ -577,12 +577,11 @@ def sum_pairs(
     pieces: Optional[torch.Tensor],  # [2 * windows + bias_windows, D]
     dots: Optional[torch.Tensor] = None,  # [tiles, P + bias pairs]
     needs_bias: bool = False,
-    first_column: int = 0,
-) -> None:
-    """Write ``out[f] = scale * sum of coefs[p] * rows[p]`` over the pairs of each feature f, but for heavy features and
-    bias, whose ``pieces`` are left to `finish`, and ``dots[tile, p]``, a tile's share of ``<weight[f], rows[p]>``. What
-    is None is left out. ``rows`` may hold some columns of the whole, from ``first_column`` on, and end in columns that
-    are no part of it: zeros if there are dots."""
+) -> Callable[[int], None]:
+    """A function of ``first_column`` that writes ``out[f] = scale * sum of coefs[p] * rows[p]`` over the pairs of each
+    feature f, but for heavy features and bias, whose ``pieces`` are left to `finish`, and ``dots[tile, p]``, a tile's
+    share of ``<weight[f], rows[p]>``. What is None is left out. ``rows`` hold the columns of the whole from
+    ``first_column`` on, and may end in columns that are no part of it: zeros if there are dots."""
     (F, D), P, width = weight.shape, pairs.order.numel(), rows.shape[1]
     (window, windows), (bias_window, bias_windows) = _windows(pairs), _bias_windows(pairs, needs_bias)
     by_pair = _is_sparse(pairs)
@@ -592,7 +591,7 @@ def sum_pairs(
     # Not where sums are float64: both forms together would spill registers.
     ends_in_half = scale.dtype == torch.float32 and 0 < D % block_d <= block_d // 2
     multiple, per_access = math.gcd(weight_stride, D), 16 // weight.element_size()
-    _sum_pairs_kernel[(programs, cdiv(min(width, D - first_column), block_d))](
+    args = (
         out,
         pieces,
         dots,
@@ -614,20 +613,26 @@ def sum_pairs(
         bias_window,
         bias_windows,
         by_pair,
-        first_column // block_d,
-        SUMS=out is not None,
-        DOTS=dots is not None,
-        # A sample's row is read by many features, a row in the order by one.
-        ROWS_POLICY="evict_first" if samples is None else "",
-        # Of multiples of 16 the compiler knows, and code that tells it again is 5% slower.
-        ALIGN=per_access if multiple % per_access == 0 and multiple % 16 else 1,
-        ENDS_IN_HALF=ends_in_half,
-        EVEN_D=D % (block_d // 2 if ends_in_half else block_d) == 0,
-        # Enough pairs at a time to keep a warp's loads busy. On an H200 a step takes up to 7% longer with others.
-        BLOCK_P=min(8, (2 * SUM_BLOCK_D if samples is None else SUM_BLOCK_D) // block_d),
-        BLOCK_D=block_d,
-        num_warps=1,
     )
+    constants = {
+        "SUMS": out is not None,
+        "DOTS": dots is not None,
+        # A sample's row is read by many features, a row in the order by one.
+        "ROWS_POLICY": "evict_first" if samples is None else "",
+        # Of multiples of 16 the compiler knows, and code that tells it again is 5% slower.
+        "ALIGN": per_access if multiple % per_access == 0 and multiple % 16 else 1,
+        "ENDS_IN_HALF": ends_in_half,
+        "EVEN_D": D % (block_d // 2 if ends_in_half else block_d) == 0,
+        # Enough pairs at a time to keep a warp's loads busy. On an H200 a step takes up to 7% longer with others.
+        "BLOCK_P": min(8, (2 * SUM_BLOCK_D if samples is None else SUM_BLOCK_D) // block_d),
+        "BLOCK_D": block_d,
+    }
+
+    def sum_pairs(first_column):
+        grid = (programs, cdiv(min(width, D - first_column), block_d))
+        _sum_pairs_kernel[grid](*args, first_column // block_d, **constants, num_warps=1)
+
+    return sum_pairs
 
 
 def finish(
