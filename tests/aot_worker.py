@@ -101,7 +101,10 @@ def main(target, out):
         step["aligned"] = columns == D
         launch_everything(flex, dtype, B, F, columns, padding)
     assembly = "amdgcn" if target.startswith("gfx") else "sass"
-    kernels = [{**facts, "assembly": kernel.asm[assembly]} for kernel, facts in compiled]
+    kernels = [
+        {**facts, "early": getattr(kernel.metadata, "launch_pdl", False), "assembly": kernel.asm[assembly]}
+        for kernel, facts in compiled
+    ]
     with open(out, "w") as file:
         json.dump(kernels, file)
 

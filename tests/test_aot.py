@@ -11,6 +11,7 @@ import pytest
 
 CUDA_TARGETS = ("sm_80", "sm_90", "sm_100")
 TARGETS = (*CUDA_TARGETS, "gfx942")
+MEMORY = r"\b(LD|ST|ATOM|RED)G?\."
 FORWARD = ("_topk_forward_kernel", "_hierarchical_forward_kernel")
 
 
@@ -83,6 +84,15 @@ def test_32_warps_of_the_feature_sum_fit_a_multiprocessor(compiled, dtype, align
     # Which has 2**16 registers: 64 a thread. With 67, a step takes up to 6% longer on an H200.
     for variant in of(compiled, target="sm_90", kernel="_sum_pairs_kernel", dtype=dtype, aligned=aligned):
         assert max(map(int, re.findall(r"\bR(\d+)\b", variant["assembly"]))) < 64
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_kernels_that_start_early_wait_before_they_touch_memory(compiled, target):
+    for kernel in of(compiled, target=target):
+        assert kernel["early"] == (target in ("sm_90", "sm_100"))
+        if kernel["early"]:
+            before, wait, after = kernel["assembly"].partition("ACQBULK")
+            assert wait and not re.search(MEMORY, before) and re.search(MEMORY, after), kernel["kernel"]
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])  # on sm_100 two additions are one instruction

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from .checks import cdiv, next_power_of_2
-from .launch import quick_launch
+from .launch import quick_launch, wait_for_memory
 
 # Rows of a program, and rows and columns that its 16 warps read at a time. Of eight such tiles on an H200 the fastest
 # (B=4096, D=2304, rows in the L2 cache: 7 us, torch.sum 20). At B=8192 one program for all rows takes 22 us, two and
@@ -27,6 +27,7 @@ def _sum_columns_kernel(
     BLOCK_B: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    wait_for_memory()
     tiles = tl.cdiv(D, BLOCK_D)
     cols = tl.program_id(0) % tiles * BLOCK_D + tl.arange(0, BLOCK_D)
     part = (tl.program_id(0) // tiles).to(tl.int64)

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from .checks import cdiv, next_power_of_2
-from .launch import quick_launch
+from .launch import quick_launch, wait_for_memory
 
 # A feature has a copy for every so many of its pairs, but always a power of two of them, and not just one. On an H200
 # with Zipf(1) indices (B=4096, F=65536, D=2304) a step at K=32 takes 0.90, 0.94, 1.03 ms with 128, 256, 512, and 1.35
@@ -63,6 +63,7 @@ def _plan_copies_kernel(
     copy_pairs,
     BLOCK: tl.constexpr,
 ):
+    wait_for_memory()
     feature = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     exists = feature < F
     wanted = tl.load(plan_ptr + feature, mask=exists, other=0) // copy_pairs
@@ -102,6 +103,7 @@ def _sum_copies_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    wait_for_memory()
     begin = tl.program_id(0) * BLOCK_C
     owners_ptr = plan_ptr + F + 1
     if tl.max(tl.load(owners_ptr + begin + tl.arange(0, BLOCK_C)), axis=0) > 0:

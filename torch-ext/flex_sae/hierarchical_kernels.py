@@ -47,7 +47,7 @@ from .checks import (
 )
 from .columns import sum_columns
 from .copies import count_pairs, needs_copies, new_plan, new_rows, plan_copies, row_to_add_to, sum_copies
-from .launch import quick_launch
+from .launch import quick_launch, wait_for_memory
 from .pairs import (
     OrderedPairs,
     finish,
@@ -103,6 +103,7 @@ def _hierarchical_forward_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    wait_for_memory()
     # Sample fastest: all samples walk the same columns of weight while they sit in the L2 cache.
     b = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
@@ -176,6 +177,7 @@ def _hierarchical_backward_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    wait_for_memory()
     # Sample fastest: all samples walk the same columns of weight and d weight while they sit in the L2 cache.
     b = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)

@@ -7,7 +7,33 @@ take 18 to 24. Small batches wait for the host: a step with B=256, K=32, F=16384
 
 import functools
 
+import triton
+import triton.language as tl
+
 from .checks import INTERPRETED
+
+_INTERPRETED = tl.constexpr(INTERPRETED)
+
+
+@triton.jit
+def wait_for_memory():
+    """What a kernel starts with, so that it can be launched before the kernel before it has left the GPU: from here on
+    it sees that kernel's memory (CUDA's programmatic dependent launch).
+
+    On an H200 (B=4096, F=65536, D=2304) a deterministic hierarchical step, which has many launches, takes 2% less time.
+    If kernels also let the next one start before they end, TopK steps take up to 40% longer."""
+    if not _INTERPRETED and tl.target_info.cuda_capability_geq(9, 0):
+        tl.extra.cuda.gdc_wait()
+
+
+def _options():
+    """What the compiler is asked for on the current device."""
+    # A product is added before it is rounded, which Triton does by default up to 3.9.
+    options = {"enable_fp_fusion": True}
+    target = triton.runtime.driver.active.get_current_target()
+    if target.backend == "cuda" and target.arch >= 90:
+        options["launch_pdl"] = True
+    return options
 
 
 class _QuickLauncher:
@@ -20,8 +46,6 @@ class _QuickLauncher:
 
     def __init__(self, kernel):
         self._kernel = kernel
-        # A product is added before it is rounded, which Triton does by default up to 3.9.
-        self._options = {"enable_fp_fusion": True}
         self._compiled = {}
         self._constants = [p.name for p in kernel.params if p.is_constexpr]
         self._pointers = sum(p.name.endswith("_ptr") for p in kernel.params)
@@ -33,7 +57,7 @@ class _QuickLauncher:
 
     def warmup(self, *args, **constants):
         """Compile what a launch would, and return it."""
-        return self._kernel.warmup(*args, **constants, **self._options)
+        return self._kernel.warmup(*args, **constants, **_options())
 
     def _launch(self, grid, *args, **constants):
         key, addresses = self._key_and_addresses(args, constants)
@@ -43,7 +67,7 @@ class _QuickLauncher:
             integers = args[self._pointers :]
             compiled[(*grid, 1, 1)[:3]](*addresses, *integers, *[constants[name] for name in self._constants])
         else:
-            compiled = self._kernel[grid](*args, **constants, **self._options)
+            compiled = self._kernel[grid](*args, **constants, **_options())
             if key is not None:
                 self._compiled[key] = compiled
 
@@ -65,6 +89,6 @@ class _QuickLauncher:
 
 
 def quick_launch(kernel):
-    """A decorator for kernels whose parameters are pointers, with names in ``_ptr``, then integers, then constants;
-    grids are tuples, and constants are given by name."""
+    """A decorator for kernels whose parameters are pointers, with names in ``_ptr``, then integers, then constants, and
+    which `wait_for_memory` first; grids are tuples, and constants are given by name."""
     return kernel if INTERPRETED else _QuickLauncher(kernel)

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 
 from .checks import cdiv, new_empty, next_power_of_2
-from .launch import quick_launch
+from .launch import quick_launch, wait_for_memory
 
 # Columns of a program of the feature sum, one warp. On an H200 (B=4096, F=65536, D=2304) a TopK step takes 0.61, 0.57,
 # 0.67 ms at K=32 and 1.29, 1.23, 1.35 at K=128 with 256, 512, 1024.
@@ -207,6 +207,7 @@ def _gather_pairs_kernel(
     FEW_BLOCK: tl.constexpr,
     FEW_BLOCK_OTHERS: tl.constexpr,
 ):
+    wait_for_memory()
     if few:
         pair, p = _find_places(
             segments_ptr, keys_ptr, order_ptr, indices_ptr, P.to(tl.int32), F, FEW_BLOCK, FEW_BLOCK_OTHERS
@@ -277,6 +278,7 @@ def _sum_pairs_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    wait_for_memory()
     # Feature fastest: all features walk the same columns of rows while they sit in the L2 cache. The pieces of heavy
     # features, which take longest, go first.
     pid = tl.program_id(0)
@@ -386,6 +388,7 @@ def _finish_kernel(
     BIAS_BLOCK_D: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
+    wait_for_memory()
     # Small jobs that share a launch: every program does a part of each.
     pid = tl.program_id(0)
     scale = tl.load(scale_ptr)

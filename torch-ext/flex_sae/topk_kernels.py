@@ -38,7 +38,7 @@ from .checks import (
     tile_columns,
     unit_stride_rows,
 )
-from .launch import quick_launch
+from .launch import quick_launch, wait_for_memory
 from .pairs import (
     SUM_BLOCK_D,
     OrderedPairs,
@@ -86,6 +86,7 @@ def _topk_forward_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    wait_for_memory()
     # Sample fastest: all samples walk the same columns of weight while they sit in the L2 cache.
     b = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
@@ -125,6 +126,7 @@ def _narrow_kernel(
     width,
     BLOCK_D: tl.constexpr,
 ):
+    wait_for_memory()
     b = tl.program_id(0).to(tl.int64)
     largest = tl.zeros([BLOCK_D], tl.float32)
     for start in range(0, width, BLOCK_D):
