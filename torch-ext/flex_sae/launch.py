@@ -1,4 +1,4 @@
-"""Kernel launches that take less of the host's time.
+"""Kernel launches that take less of the host's time, and less of the device's between two kernels.
 
 At every launch Triton asks each argument for its type and its divisibility by 16 to find the compiled kernel, and the
 driver about each tensor's memory. With less to ask, a launch takes 13 to 15 us on the host of an H200, where Triton's
