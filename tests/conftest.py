@@ -1,6 +1,7 @@
 """The package under test is a real build, loaded the way users load it: through `kernels.get_kernel`."""
 
 import os
+from pathlib import Path
 
 import torch
 
@@ -28,6 +29,12 @@ hypothesis.settings.load_profile("interpreter" if INTERPRETED else "cuda")
 # Tensors are tiny: threads would only wait for each other, longer than the work takes on a busy machine.
 if INTERPRETED:
     torch.set_num_threads(1)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config):
+    """For `-n auto --dist loadfile`: a core for each file in the interpreter, and one process in all on a GPU."""
+    return min(os.cpu_count(), len(list(Path(__file__).parent.glob("test_*.py")))) if INTERPRETED else 0
 
 
 @pytest.fixture(scope="session")
