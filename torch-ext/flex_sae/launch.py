@@ -30,8 +30,7 @@ def _options():
     """What the compiler is asked for on the current device."""
     # A product is added before it is rounded, which Triton does by default up to 3.9.
     options = {"enable_fp_fusion": True}
-    target = triton.runtime.driver.active.get_current_target()
-    if target.backend == "cuda" and target.arch >= 90:
+    if tl.target_info.cuda_capability_geq(9, 0):  # as in `wait_for_memory`; the launchers of others know no such option
         options["launch_pdl"] = True
     return options
 
