@@ -502,7 +502,7 @@ def gather_pairs(
         K,
         pairs.segments.shape[0],
         bias_pairs,
-        few,
+        int(few),
         BLOCK=_FLAT_BLOCK,
         FEW_BLOCK=_FEW_BLOCK,
         FEW_BLOCK_OTHERS=_FEW_BLOCK_OTHERS,
@@ -615,7 +615,7 @@ def pairs_summer(
         _bias_pairs(pairs),
         bias_window,
         bias_windows,
-        by_pair,
+        int(by_pair),
     )
     constants = {
         "SUMS": out is not None,
