@@ -20,6 +20,7 @@ from support import (
     reference_loss,
     relative_error,
     run,
+    submodule,
     triton_loss,
     truth,
 )
@@ -260,6 +261,18 @@ def test_the_budget_has_no_room_for(kind, flaw):
     assert max(flawless) <= 1
     broken = errors_over_budget(kind, problem, flawed(flaw, kind, problem))
     assert min(broken[1:]) > 1, f"{flaw} passes unseen: {broken}"
+
+
+# Where the columns of a tile, of all features, leave the L2 cache, tiles have fewer.
+@pytest.mark.parametrize("dtype", [f32, f64], ids=str)
+@pytest.mark.parametrize("sizes", [(9, 17, 12, 5), (40, 3, 7, 130), (8, 33, 2, 64)], ids=str)
+def test_narrower_tiles_of_atomic_additions_are_right(flex, device, monkeypatch, sizes, dtype):
+    kernels = submodule(flex, "hierarchical_kernels")
+    sizes_of_tile = *sizes[:3], dtype.itemsize
+    assert kernels._atomic_columns(*sizes_of_tile) == 64
+    monkeypatch.setattr(kernels, "_L2_BYTES", 0)
+    assert kernels._atomic_columns(*sizes_of_tile) == 32
+    check(flex, "hierarchical", make_problem(*sizes, device=device, dtypes=dtype, pattern="duplicates"))
 
 
 # Real sizes
