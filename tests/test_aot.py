@@ -181,5 +181,7 @@ def test_only_the_atomic_hierarchical_gradient_adds_floats_atomically(compiled, 
 
 
 def test_other_batch_sizes_and_dictionaries_compile_no_kernel_again(compiled):
-    again = [(kernel["kernel"], kernel["B"], kernel["F"]) for kernel in compiled if not kernel["first"]]
-    assert not again
+    again = [(k["target"], k["dtype"], k["kernel"], k["B"], k["F"]) for k in compiled if not k["first"]]
+    # But for the tiles of a dictionary that leaves the L2 cache.
+    narrower = "_hierarchical_backward_kernel", 2**13, 2**17
+    assert sorted(again) == sorted((t, dtype, *narrower) for t in TARGETS for dtype in ("float32", "float64"))

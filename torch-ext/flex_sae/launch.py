@@ -89,5 +89,6 @@ class _QuickLauncher:
 
 def quick_launch(kernel):
     """A decorator for kernels whose parameters are pointers, with names in ``_ptr``, then integers, then constants, and
-    which `wait_for_memory` first; grids are tuples, and constants are given by name."""
+    which `wait_for_memory` first; grids are tuples, and constants are given by name. Integers are no bools, which the
+    interpreter of Triton 3.6 does not take."""
     return kernel if INTERPRETED else _QuickLauncher(kernel)
