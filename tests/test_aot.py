@@ -87,6 +87,11 @@ def test_32_warps_of_the_feature_sum_fit_a_multiprocessor(compiled, dtype, align
 
 
 @pytest.mark.parametrize("target", TARGETS)
+def test_launches_do_without_triton_for_cuda_alone(compiled, target):
+    assert any(kernel["quick"] for kernel in of(compiled, target=target)) == (target in CUDA_TARGETS)
+
+
+@pytest.mark.parametrize("target", TARGETS)
 def test_kernels_that_start_early_wait_before_they_touch_memory(compiled, target):
     for kernel in of(compiled, target=target):
         assert kernel["early"] == (target in ("sm_90", "sm_100"))
@@ -184,4 +189,8 @@ def test_other_batch_sizes_and_dictionaries_compile_no_kernel_again(compiled):
     again = [(k["target"], k["dtype"], k["kernel"], k["B"], k["F"]) for k in compiled if not k["first"]]
     # But for the tiles of a dictionary that leaves the L2 cache.
     narrower = "_hierarchical_backward_kernel", 2**13, 2**17
-    assert sorted(again) == sorted((t, dtype, *narrower) for t in TARGETS for dtype in ("float32", "float64"))
+    expected = [(target, dtype, *narrower) for target in TARGETS for dtype in ("float32", "float64")]
+    # And for scratch of 2 GiB, whose offsets AMD's buffer instructions do not hold.
+    scratch = ("_hierarchical_backward_kernel", "_sum_pairs_kernel")
+    expected += [("gfx942", "float32", kernel, 2**16, 256) for kernel in scratch]
+    assert sorted(again) == sorted(expected)

@@ -38,9 +38,10 @@ def _options():
 class _QuickLauncher:
     """Launches a Triton kernel, ``launcher[grid](...)``, with the compiled kernel that Triton would choose.
 
-    Triton's choice follows from the dtypes of tensors, the integers that are specialised and the constants, if all
-    memory starts at multiples of 16 bytes and all integers fit 32 bits. Where they do not, and where it follows from
-    something new, Triton launches. A setting of Triton that changes after that is not seen.
+    For CUDA, Triton's choice follows from the dtypes of tensors, the integers that are specialised and the constants,
+    if all memory starts at multiples of 16 bytes and all integers fit 32 bits. Where they do not, and where it follows
+    from something new, Triton launches; so it does always for other GPUs, where more may count (on AMD, whether memory
+    reaches 2 GiB). A setting of Triton that changes after that is not seen.
     """
 
     def __init__(self, kernel):
@@ -67,7 +68,7 @@ class _QuickLauncher:
             compiled[(*grid, 1, 1)[:3]](*addresses, *integers, *[constants[name] for name in self._constants])
         else:
             compiled = self._kernel[grid](*args, **constants, **_options())
-            if key is not None:
+            if key is not None and tl.target_info.is_cuda():
                 self._compiled[key] = compiled
 
     def _key_and_addresses(self, args, constants):
