@@ -145,7 +145,7 @@ def measure(loss_function, inputs, scale, iters: int, bar) -> tuple[list[float],
             start.record()
             step(loss_function, *inputs, scale=scale)
             end.record()
-            # Wait for the step before: the bar stays honest and the GPU never waits for the host.
+            # Wait for the step before: the bar stays honest, and a step that is longer than its launches never waits.
             events[max(i - 1, 0)][1].synchronize()
             bar.update()
     except torch.OutOfMemoryError:

@@ -25,7 +25,8 @@ class _Loss:  # no Benchmark itself: `kernels benchmark` runs every class that i
         self.target = torch.randn(B, D, device=self.device)
 
     def _gradients(self, function):
-        # grad_out = B * D makes the gradients 1 to 100, where the runner's tolerance of 0.01 means something.
+        # grad_out = B * D makes most gradients of weight and vals about 1 and those of bias 100 and more, where the
+        # runner's tolerance of 0.01 means something.
         loss = function(self.indices, *self.leaves, self.target)
         weight_grad, vals_grad, bias_grad = torch.autograd.grad(
             loss, self.leaves, torch.full_like(loss, self.target.numel())

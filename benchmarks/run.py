@@ -44,6 +44,9 @@ PEERS = {
 # Relative Frobenius errors of loss and gradients: five and three times those of the worst row that was seen, the dense
 # one (8e-7 and 3.4e-3). Leaving out one of 4096 samples changes a gradient by 1.6e-2.
 BOUNDS = {"float32": 4e-6, "bfloat16": 1e-2}
+# That of each row of d weight, which a bound for all of them could not hold to account: without one of its ten pairs a
+# row is off by a third.
+ROW_BOUND = 0.1
 
 # Three input sets: no step sees the indices, vals or target of the one before.
 SETS = 3
@@ -54,9 +57,9 @@ SAMPLES = (3, 50)
 # launched in less, and the launches of the longest come faster than the device works them off.
 HEAD_START = 2**23
 
-# Bytes that a method must move, by loss and mode: e is the element size, R = min(F, B K) bounds the rows of weight in
-# use. And the floor that the ceilings of the same run set for it, each pass hiding all but its slowest part: gather and
-# atomic are the times (ms) of one pass over the pairs (i, k), copy is in bytes per ms.
+# Bytes that the package must move, by loss and mode: e is the element size, R counts the rows of weight in use. And the
+# floor that the ceilings of the same run set for it, each pass hiding all but its slowest part: gather and atomic are
+# the times (ms) of one pass over the pairs (i, k), copy is in bytes per ms.
 TRAFFIC = {
     # weight rows gathered
     ("topk", "forward"): ("B*K*D*e", "gather"),
@@ -117,6 +120,7 @@ def targets() -> list[Case]:
             cases += [Case(shape, "hierarchical", "deterministic")]
             cases += [Case(replace(shape, distribution="zipf"), loss, "step") for loss in LOSSES]
             half = replace(shape, dtype="bfloat16")
+            cases += [Case(half, loss, "forward") for loss in LOSSES]
             cases += [Case(half, "topk", "step", ("embedding_bag", "dense")), Case(half, "hierarchical", "step")]
             cases += [Case(half, "hierarchical", "deterministic")]
         cases += [Case(replace(shape, B=8192), loss, "step") for loss in LOSSES]
@@ -146,14 +150,17 @@ SCALING_AXES = {
     "F": (8192, 50000, 65536, 262144, 1048576),
     "D": (384, 1000, 1023, 2304, 2311, 2312, 4096, 8192),
 }
+# And a batch and a dictionary that are both large.
+SCALING_LARGE = replace(SCALING_BASE, B=16384, F=131072)
 
 
 def scaling() -> list[Case]:
-    """Each axis alone, as a CUDA graph too; the dense matmul where F decides whether it wins."""
+    """Each axis alone, then B and F together, as a CUDA graph too; the dense matmul where F decides whether it wins."""
     shapes = {SCALING_BASE: ("dense",)}
     for axis, sizes in SCALING_AXES.items():
         for size in sizes:
             shapes.setdefault(replace(SCALING_BASE, **{axis: size}), ("dense",) if axis == "F" else ())
+    shapes[SCALING_LARGE] = ()
     cases = [
         Case(shape, loss, "step", peers if loss == "topk" else ()) for shape, peers in shapes.items() for loss in LOSSES
     ]
@@ -208,6 +215,7 @@ class Inputs:
             vals = torch.randn(shape.B, shape.K, device=DEVICE).abs_().sort(dim=1, descending=True).values
             target = torch.randn(shape.B, shape.D, device=DEVICE, dtype=dtype)
             self.sets.append((make_indices(shape), vals.to(dtype).requires_grad_(), target))
+        self.rows = self.sets[0][0].unique().numel()  # R
 
     def leaves(self) -> list[torch.Tensor]:
         return [self.weight, self.bias] + [vals for _, vals, _ in self.sets]
@@ -227,36 +235,51 @@ class Inputs:
         return loss.detach()
 
 
-@torch.no_grad()
-def truth(loss: str, inputs: Inputs) -> dict[str, torch.Tensor]:
-    """Loss and gradients of set 0 in float64, one step of K at a time so that nothing is larger than [F, D]."""
-    indices, vals, target = inputs.sets[0]
-    (B, K), D = indices.shape, target.shape[1]
-    v = vals.double()
-    start = inputs.bias.double() - target.double()
-    hierarchical = loss == "hierarchical"
+@dataclass
+class Truth:
+    """What a row has to give, in float64: the loss of every set, and all results of set 0 by name."""
 
-    residual, suffix, squares = start.clone(), torch.zeros_like(start), 0.0
+    losses: list[torch.Tensor]
+    first: dict[str, torch.Tensor]
+
+
+@torch.no_grad()
+def true_loss(loss: str, inputs: Inputs, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss of set `i`, and the sum of the residuals that it is made of [B, D]."""
+    indices, vals, target = inputs.sets[i]
+    (B, K), D = indices.shape, target.shape[1]
+    residual = inputs.bias.double() - target.double()
+    suffix, squares, hierarchical = torch.zeros_like(residual), 0.0, loss == "hierarchical"
     for k in range(K):
-        residual.addcmul_(v[:, k, None], inputs.weight[indices[:, k]].double())
+        residual.addcmul_(vals[:, k, None].double(), inputs.weight[indices[:, k]].double())
         if hierarchical or k == K - 1:
             suffix += residual
             squares += residual.square().sum()
+    return squares / (B * D * (K if hierarchical else 1)), suffix
+
+
+@torch.no_grad()
+def truth(loss: str, inputs: Inputs) -> Truth:
+    """One step of K at a time, so that nothing is larger than [F, D]."""
+    indices, vals, target = inputs.sets[0]
+    (B, K), D = indices.shape, target.shape[1]
+    v, hierarchical = vals.double(), loss == "hierarchical"
+    value, suffix = true_loss(loss, inputs, 0)
     count = B * D * (K if hierarchical else 1)
     want = {
-        "loss": squares / count,
+        "loss": value,
         "weight": torch.zeros(inputs.weight.shape, dtype=torch.float64, device=DEVICE),
         "vals": torch.empty_like(v),
         "bias": suffix.sum(0) * (2 / count),
     }
-    residual = start
+    residual = inputs.bias.double() - target.double()
     for k in range(K):
         rows = inputs.weight[indices[:, k]].double()
         want["weight"].index_add_(0, indices[:, k], suffix * v[:, k, None], alpha=2 / count)
         want["vals"][:, k] = (rows * suffix).sum(1) * (2 / count)
         if hierarchical:
             suffix -= residual.addcmul_(v[:, k, None], rows)
-    return want
+    return Truth([value] + [true_loss(loss, inputs, i)[0] for i in range(1, SETS)], want)
 
 
 class ParityError(Exception):
@@ -264,11 +287,16 @@ class ParityError(Exception):
 
 
 def check(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor], bound: float) -> dict[str, float]:
-    """The relative Frobenius errors. Raises ParityError where one is beyond `bound` or not a number."""
+    """The relative Frobenius errors. Raises ParityError where one is beyond `bound` or not a number, and where one of a
+    row of d weight is beyond ROW_BOUND."""
     errors = {}
     for name, value in got.items():
         difference = value.double().sub_(want[name])
         errors[name] = (difference.norm() / want[name].norm()).item()
+        if name == "weight":
+            off = (difference.norm(dim=1) > ROW_BOUND * want[name].norm(dim=1)).nonzero()
+            if len(off):
+                raise ParityError(f"weight is off in {len(off)} rows, the first is {off[0].item()}")
     for name, error in errors.items():
         if not error <= bound:
             raise ParityError(f"{name} is off by {error:.1e}, allowed {bound:.0e}")
@@ -290,8 +318,12 @@ def load_package() -> types.ModuleType:
 
 def load_baseline(argument: str) -> tuple[str, types.ModuleType]:
     """Load [NAME=]PATH: a file, a package, or a folder of modules, as one namespace with the public functions."""
-    label, _, path = argument.rpartition("=")
+    label, equals, path = argument.partition("=")
+    if not equals or Path(argument).exists():
+        label, path = "", argument
     path = Path(path).resolve()
+    if not path.is_dir() and path.suffix != ".py":
+        sys.exit(f"--baseline {argument}: {path} is neither a folder nor a Python file.")
     name = f"baseline_{len(sys.modules)}"  # a name of its own
     init = path / "__init__.py"
     if path.is_file() or init.is_file():
@@ -308,6 +340,17 @@ def load_baseline(argument: str) -> tuple[str, types.ModuleType]:
     if not any(hasattr(module, f"triton_{loss}_sae_loss") for loss in LOSSES):
         sys.exit(f"{path} has neither triton_topk_sae_loss nor triton_hierarchical_sae_loss.")
     return label or path.stem, module
+
+
+def load_baselines(arguments: list[str]) -> dict[str, types.ModuleType]:
+    """All of them by name."""
+    baselines = {}
+    for argument in arguments:
+        label, module = load_baseline(argument)
+        if label in baselines or label in ("flex_sae", *itertools.chain(*PEERS.values())):
+            sys.exit(f"--baseline {argument}: another row is called {label}, choose a NAME of its own.")
+        baselines[label] = module
+    return baselines
 
 
 def embedding_bag_loss(indices, weight, vals, bias, target):
@@ -386,10 +429,10 @@ def sample(steps: dict, prepare) -> dict[str, dict[str, list[float]]]:
 
 
 def sample_wall(steps: dict, prepare) -> dict[str, dict[str, list[float]]]:
-    """Milliseconds of a step until both host and device are done, "ms" by its name: 15 batches of 20 steps, taking
+    """Milliseconds of a step until both host and device are done, "ms" by its name: 50 batches of 20 steps, taking
     turns."""
     times = {name: {"ms": []} for name in steps}
-    for batch in range(16):
+    for batch in range(51):
         for name, step in steps.items():
             torch.cuda.synchronize()
             begin = time.perf_counter()
@@ -494,7 +537,7 @@ def measure_memory(inputs: Inputs, step, optimizer) -> dict[str, float]:
 
 
 def capture(inputs: Inputs, function):
-    """Capture a step on every set; returns the graphs and the loss of set 0, whose gradients the leaves hold."""
+    """Capture a step on every set; returns the graphs and their losses. The leaves hold the gradients of set 0."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -504,32 +547,48 @@ def capture(inputs: Inputs, function):
     torch.cuda.current_stream().wait_stream(stream)
     # They take turns, so that they may share their memory.
     graphs, pool = [torch.cuda.CUDAGraph() for _ in range(SETS)], torch.cuda.graph_pool_handle()
+    losses = [None] * SETS
     for i in reversed(range(SETS)):
         inputs.clear()
         with torch.cuda.graph(graphs[i], pool=pool):
-            loss = inputs.step(function, i)
-    return graphs, loss
+            losses[i] = inputs.step(function, i)
+    return graphs, losses
 
 
-def prepare_row(case: Case, inputs: Inputs, function, want: dict, optimizer) -> tuple[dict, object]:
+def prepare_row(case: Case, inputs: Inputs, function, want: Truth, optimizer) -> tuple[dict, object]:
     """Check a row; returns its errors and memory, and the step to time. Raises whatever the row raises."""
     bound = BOUNDS[case.shape.dtype]
 
     def results(loss):
+        if case.mode == "forward":
+            return {"loss": loss}
         gradients = {"weight": inputs.weight.grad, "vals": inputs.sets[0][1].grad, "bias": inputs.bias.grad}
-        return {"loss": loss, **{name: grad for name, grad in gradients.items() if grad is not None}}
+        for name, gradient in gradients.items():
+            if gradient is None:
+                raise ParityError(f"{name} has no gradient")
+        return {"loss": loss, **gradients}
 
     def step(i):
         return inputs.step(function, i, optimizer)
 
+    def check_other_sets(loss_of):
+        for i in range(1, SETS):
+            check({"loss": loss_of(i)}, {"loss": want.losses[i]}, bound)
+
     inputs.clear()
     if case.mode.endswith("graph"):
-        graphs, loss = capture(inputs, function)
-        graphs[0].replay()
-        return {"errors": check(results(loss), want, bound)}, lambda i: graphs[i].replay()
+        graphs, losses = capture(inputs, function)
+
+        def replay(i):
+            graphs[i].replay()
+            return losses[i]
+
+        errors = check(results(replay(0)), want.first, bound)
+        check_other_sets(replay)
+        return {"errors": errors}, replay
 
     first = results(step(0))
-    errors = check(first, want, bound)
+    errors = check(first, want.first, bound)
     if case.mode == "deterministic":
         inputs.clear()
         again = results(step(0))
@@ -537,11 +596,22 @@ def prepare_row(case: Case, inputs: Inputs, function, want: dict, optimizer) -> 
             raise ParityError("not the same bits in a second run")
         del again
     del first
+    inputs.clear()
+    check_other_sets(step)
     return {"errors": errors, **measure_memory(inputs, step, optimizer)}, step
 
 
-def run_case(case: Case, inputs: Inputs, functions: dict, want: dict, ceilings: dict) -> list[dict]:
-    """Check and time every row of a case. What a row raises becomes its status."""
+def failure(error: Exception) -> dict[str, str]:
+    """The status that an error gives a record."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return {"status": "out of memory"}
+    status = "wrong" if isinstance(error, ParityError) else "failed"
+    return {"status": status, "detail": str(error).strip().partition("\n")[0]}
+
+
+def run_case(case: Case, inputs: Inputs, functions: dict, want: Truth, ceilings: dict) -> list[dict]:
+    """Check and time every row of a case. What a row raises becomes its status; what timing them raises, that of all
+    that were right."""
     # lr=0: the same work, and the weight stays the one that was checked
     optimizer = torch.optim.Adam([inputs.weight, inputs.bias], lr=0.0) if case.mode == "adam" else None
     records, steps = {}, {}
@@ -553,36 +623,40 @@ def run_case(case: Case, inputs: Inputs, functions: dict, want: dict, ceilings: 
             try:
                 measured, steps[row] = prepare_row(case, inputs, function, want, optimizer)
                 record.update(status="ok", **measured)
-            except torch.OutOfMemoryError:
-                record.update(status="out of memory")
             except Exception as error:
-                status = "wrong" if isinstance(error, ParityError) else "failed"
-                record.update(status=status, detail=str(error).strip().partition("\n")[0])
+                record.update(failure(error))
             inputs.clear()
             torch.cuda.empty_cache()
-        timed = (sample_wall if case.mode in ("wall", "one thread") else sample)(steps, inputs.clear)
+        try:
+            timed = (sample_wall if case.mode in ("wall", "one thread") else sample)(steps, inputs.clear)
+        except Exception as error:
+            timed = {}
+            for row in steps:
+                records[row].update(failure(error))
     torch.use_deterministic_algorithms(False)
 
     for row, times in timed.items():
         for what, values in times.items():
             lower, median, upper = statistics.quantiles(values, n=4)
             records[row].update({what: median, f"{what}_quartiles": [lower, upper]})
-        records[row].update(samples=len(times["ms"]), **traffic(case, ceilings, records[row]["ms"]))
+        ours = ceilings if row == "flex_sae" else {}  # another row may go about it in another way
+        records[row].update(samples=len(times["ms"]), **traffic(case, inputs.rows, ours, records[row]["ms"]))
     return list(records.values())
 
 
-def traffic(case: Case, ceilings: dict, ms: float) -> dict:
-    """Bytes and floor of a case, and what `ms` makes of them."""
+def traffic(case: Case, rows: int, ceilings: dict, ms: float) -> dict:
+    """Bytes and floor of a case that uses so many rows of weight, and what `ms` makes of them."""
     shape, mode = case.shape, case.mode
     if case.loss == "hierarchical" and shape.dtype == "bfloat16" and mode in ("step", "graph"):
         mode = "deterministic"
     if (case.loss, mode) not in TRAFFIC:
         return {}
     formula, floor_formula = TRAFFIC[case.loss, mode]
-    names = {**asdict(shape), "R": min(shape.F, shape.B * shape.K), "e": getattr(torch, shape.dtype).itemsize}
+    names = {**asdict(shape), "R": rows, "e": getattr(torch, shape.dtype).itemsize}
     moved = eval(formula, names.copy())
-    record = {"bytes": moved, "bytes_formula": formula, "tb_s": moved / ms / 1e9}
-    if ceilings:
+    record = {"R": rows, "bytes": moved, "bytes_formula": formula, "tb_s": moved / ms / 1e9}
+    # Atomic additions are measured on uniform rows, which says nothing of others.
+    if ceilings and (shape.distribution == "uniform" or "atomic" not in floor_formula):
         floor = eval(floor_formula, {**names, **ceilings, "max": max})
         record.update(floor_ms=floor, floor_formula=floor_formula, fraction=floor / ms, ceilings=ceilings)
     return record
@@ -614,14 +688,17 @@ def output_of(*command: str) -> str:
         return ""
 
 
-def environment(suite: str, baselines: dict) -> dict[str, str]:
+def environment(command: str) -> dict[str, str]:
+    """What the figures depend on. `command` is what made them."""
     # FLEX_SAE_COMMIT: for a copy of the checkout without its .git
-    commit = os.environ.get("FLEX_SAE_COMMIT") or output_of("git", "rev-parse", "HEAD") or "unknown"
-    if "FLEX_SAE_COMMIT" not in os.environ and output_of("git", "status", "--porcelain"):
+    commit = os.environ.get("FLEX_SAE_COMMIT") or output_of("git", "rev-parse", "--short=12", "HEAD") or "unknown"
+    # Results of other suites, and README's tables of them, change nothing that is measured.
+    changed = ("git", "status", "--porcelain", "--", ".", ":!benchmarks/results", ":!README.md")
+    if "FLEX_SAE_COMMIT" not in os.environ and output_of(*changed):
         commit += "-dirty"
     driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return {
-        "command": " ".join(["python benchmarks/run.py --suite", suite, *(f"--baseline {b}=PATH" for b in baselines)]),
+        "command": command,
         "gpu": torch.cuda.get_device_name(),
         "driver": driver.partition("\n")[0] or "unknown",
         "torch": torch.__version__,
@@ -631,29 +708,48 @@ def environment(suite: str, baselines: dict) -> dict[str, str]:
     }
 
 
-def run(suite: str, cases: list[Case], package, baselines: dict, file: Path | None) -> list[dict]:
-    """Run the cases; those of one shape stand together and share their inputs, truths and ceilings. After each shape
-    the records are written to `file`, so that an interruption loses none."""
-    records, about = [], environment(suite, baselines)
+class Results:
+    """The records so far, and `file` with all of them after each case, so that an interruption loses none."""
+
+    def __init__(self, suite: str, command: str, file: Path | None):
+        self.about, self.records, self.file = {"suite": suite, **environment(command)}, [], file
+        if file:
+            file.parent.mkdir(parents=True, exist_ok=True)
+
+    def add(self, records: list[dict]) -> None:
+        self.records += records
+        if self.file:
+            # Whole or not at all
+            temporary = self.file.with_name(self.file.name + ".tmp")
+            temporary.write_text(json.dumps({**self.about, "records": self.records}, indent=1) + "\n")
+            temporary.replace(self.file)
+
+
+def run(cases: list[Case], package, baselines: dict, results: Results, with_ceilings: bool) -> None:
+    """Run the cases; those of one shape stand together and share their inputs, truths and ceilings."""
     with tqdm(total=len(cases), unit="case", dynamic_ncols=True, disable=None) as progress:
         for shape, group in itertools.groupby(cases, key=lambda case: case.shape):
-            inputs, truths = Inputs(shape), {}
-            ceilings = measure_ceilings(inputs) if suite != "small" else {}
+            inputs, truths = None, {}
             for case in group:
                 progress.set_description(f"{case.loss} {case.mode} {shape.B}x{shape.K} of {shape.F}x{shape.D}")
-                if case.loss not in truths:
-                    truths[case.loss] = truth(case.loss, inputs)
                 functions = implementations(case, package, baselines)
-                for record in run_case(case, inputs, functions, truths[case.loss], ceilings):
-                    records.append(record)
+                try:
+                    if inputs is None:
+                        inputs, ceilings = Inputs(shape), {}
+                        if with_ceilings:
+                            ceilings = measure_ceilings(inputs)
+                    if case.loss not in truths:
+                        truths[case.loss] = truth(case.loss, inputs)
+                    records = run_case(case, inputs, functions, truths[case.loss], ceilings)
+                except torch.OutOfMemoryError as error:  # what all rows share does not fit
+                    line = {**asdict(shape), "loss": case.loss, "mode": case.mode}
+                    records = [{**line, "row": row, **failure(error)} for row in functions]
+                results.add(records)
+                for record in records:
                     progress.write(describe(record))
                 progress.update()
             del inputs, truths
             torch.cuda.empty_cache()
-            if file:
-                file.parent.mkdir(parents=True, exist_ok=True)
-                file.write_text(json.dumps({"suite": suite, **about, "records": records}, indent=1) + "\n")
-    return records
 
 
 def main() -> None:
@@ -669,12 +765,14 @@ def main() -> None:
 
     # one compiled reference a shape, and a suite has more shapes than torch's limit of 8
     torch._dynamo.config.recompile_limit = 1000
-    cases = SUITES[args.suite]()
+    cases, baselines = SUITES[args.suite](), load_baselines(args.baseline)
     if args.quick:
         cases = [quick(case) for case in cases]
-    records = run(args.suite, cases, load_package(), dict(map(load_baseline, args.baseline)), args.json)
-    if any(record["row"] == "flex_sae" and record["status"] in ("wrong", "failed") for record in records):
-        sys.exit("This package gave a wrong result or failed; see above.")
+    options = ["--quick"] * args.quick + [f"--baseline {name}=PATH" for name in baselines]
+    results = Results(args.suite, " ".join(["python benchmarks/run.py --suite", args.suite, *options]), args.json)
+    run(cases, load_package(), baselines, results, with_ceilings=args.suite != "small")
+    if any(record["row"] == "flex_sae" and record["status"] != "ok" for record in results.records):
+        sys.exit("This package gave a wrong result, failed or ran out of memory; see above.")
 
 
 if __name__ == "__main__":

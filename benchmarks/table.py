@@ -43,6 +43,10 @@ def along(axis: str, records: list[dict], base: dict) -> list[dict]:
     return sorted(same, key=lambda record: record[axis])
 
 
+def same_shape(record: dict, other: dict) -> bool:
+    return all(record[axis] == other[axis] for axis in AXES)
+
+
 def time_of(record: dict) -> str:
     if "ms" not in record:
         return record["status"]
@@ -86,7 +90,8 @@ def targets(records: list[dict]) -> list[list[str]]:
         if "ms" not in record:
             return record["status"]
         memory = f", {record['beyond_gradients_mib']:.0f} MiB" if "beyond_gradients_mib" in record else ""
-        return f"{time_of(record)}, {record['fraction']:.0%}, host {record['host_ms']:.2f} ms{memory}"
+        fraction = f", {record['fraction']:.0%}" if "fraction" in record else ""
+        return f"{time_of(record)}{fraction}, host {record['host_ms']:.2f} ms{memory}"
 
     return per_k([record for record in records if record["row"] == "flex_sae"], columns, cell)
 
@@ -106,24 +111,28 @@ def peers(records: list[dict]) -> list[list[str]]:
 
 
 def scaling(records: list[dict]) -> list[list[str]]:
-    """One axis at a time: time, eager, of the host and as a CUDA graph, and the graph's a byte moved relative to the
-    best."""
+    """One axis at a time, then what differs in several: time, eager, of the host and as a CUDA graph, and the graph's a
+    byte moved relative to the best."""
     whats = ("", ", host", ", graph", ", a byte")
     table = [["", *(f"{loss}{what}" for loss in LOSSES.values() for what in whats), "TopK, dense"]]
     base, costs, failed = records[0], relative_cost(records), {"status": "failed"}
     eager = [r for r in records if (r["row"], r["mode"]) == ("flex_sae", "step")]
-    for axis in AXES:
-        dense = {r[axis]: r for r in along(axis, records, base) if r["row"] == "dense"}
-        for size in sorted({record[axis] for record in along(axis, records, base)}):
-            line = [f"{axis}={size}"]
-            for loss in LOSSES:
-                step, replay = (
-                    next((r for r in along(axis, chosen, base) if (r["loss"], r[axis]) == (loss, size)), failed)
-                    for chosen in (eager, costs)
-                )
-                host = f"{step['host_ms']:.2f} ms" if "host_ms" in step else ""
-                line += [time_of(step), host, time_of(replay), f"{replay['cost']:.2f}x" if "cost" in replay else ""]
-            table.append([*line, time_of(dense[size]) if size in dense else ""])
+    dense = [r for r in records if r["row"] == "dense"]
+    shapes = {f"{axis}={r[axis]}": r for axis in AXES for r in along(axis, records, base)}
+    for record in records:
+        different = [axis for axis in AXES if record[axis] != base[axis]]
+        if len(different) > 1:
+            shapes[" ".join(f"{axis}={record[axis]}" for axis in different)] = record
+    for label, shape in shapes.items():
+        line = [label]
+        for loss in LOSSES:
+            step, replay = (
+                next((r for r in chosen if r["loss"] == loss and same_shape(r, shape)), failed)
+                for chosen in (eager, costs)
+            )
+            host = f"{step['host_ms']:.2f} ms" if "host_ms" in step else ""
+            line += [time_of(step), host, time_of(replay), f"{replay['cost']:.2f}x" if "cost" in replay else ""]
+        table.append([*line, next((time_of(r) for r in dense if same_shape(r, shape)), "")])
     return table
 
 
@@ -156,9 +165,7 @@ def render(name: str) -> str:
     results = load(suite)
     heading, *lines = make(results["records"])
     rows = [heading, ["---"] * len(heading), *lines]
-    source = "`{command}` on {gpu}, driver {driver}, torch {torch}, triton {triton}, commit {commit:.12}".format(
-        **results
-    )
+    source = "`{command}` on {gpu}, driver {driver}, torch {torch}, triton {triton}, commit {commit}".format(**results)
     return "\n".join(f"| {' | '.join(row)} |" for row in rows) + f"\n\n<sub>{source}</sub>"
 
 
