@@ -1,5 +1,6 @@
 """The losses as citizens of torch: autograd, torch.library, torch.compile, streams, graphs, determinism."""
 
+import contextlib
 import math
 from functools import partial
 
@@ -111,6 +112,12 @@ def test_deterministic_mode_may_change_between_forward_and_backward(flex, device
         assert_right(kind, problem, Result(loss.detach(), *torch.autograd.grad(loss, leaves)))
 
 
+@contextlib.contextmanager
+def enable_grad_in_inference_mode():
+    with torch.inference_mode(), torch.enable_grad():
+        yield
+
+
 @pytest.mark.parametrize("kind", LOSSES)
 def test_tensors_made_in_inference_mode_may_be_trained_on(flex, device, kind):
     with torch.inference_mode():
@@ -124,7 +131,9 @@ def test_tensors_made_in_inference_mode_may_be_trained_on(flex, device, kind):
 
 
 @pytest.mark.parametrize("kind", LOSSES)
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=lambda mode: mode.__name__)
+@pytest.mark.parametrize(
+    "mode", [torch.no_grad, torch.inference_mode, enable_grad_in_inference_mode], ids=lambda mode: mode.__name__
+)
 def test_without_gradients_the_forward_pass_makes_nothing_but_the_loss(flex, device, kind, mode):
     problem = make_problem(4, 3, 9, 33, device=device)
 

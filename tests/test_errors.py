@@ -78,6 +78,22 @@ def test_a_mistake_is_named(loss, device, name, wrong, error, message):
         loss(*problem)
 
 
+# As many programs as 32 bits do not hold: Triton launches none, without an error.
+@pytest.mark.parametrize(
+    "B, F, D, message",
+    [
+        (2**30, 9, 33, "target must have shape [B, D] with B * (D + 31) < 2**36, got (1073741824, 33)"),
+        (2**17, 9, 2**19, "target must have shape [B, D] with B * (D + 31) < 2**36, got (131072, 524288)"),
+        (4, 2**30, 257, "weight must have shape [F, D] with (F + 2**16) * (D + 255) <= 2**39, got (1073741824, 257)"),
+    ],
+)
+def test_a_size_that_is_too_large_with_another_is_named(loss, device, B, F, D, message):
+    number = torch.zeros((), device=device)
+    shapes = {"weight": (F, D), "vals": (B, 1), "bias": (D,), "target": (B, D)}
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        loss(indices=number.long().expand(B, 1), **{name: number.expand(shape) for name, shape in shapes.items()})
+
+
 @pytest.mark.parametrize("name", ["indices", "vals", "bias", "target"])
 def test_tensors_of_two_devices_are_named(loss, device, name):
     problem = make_problem(4, 3, 9, 33, device=device)

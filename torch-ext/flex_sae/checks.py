@@ -14,8 +14,10 @@ INTERPRETED = triton.knobs.runtime.interpret
 
 # A launch takes fewer than 2**31 programs in its first dimension, which are samples, or features and pieces of heavy
 # ones and of bias (up to 2**12 and, the square root of B, 46342), and at most 65535 in the second, tiles of 32 columns
-# or more. Steps are counted in 32 bits, up to those of a tile that is loaded in advance.
-_MAX_F, _MAX_D, _MAX_K = 2**31 - 2**16, 2**20, 2**31 - 2**16
+# or more. In all they are fewer than 2**31, too: Triton multiplies in 32 bits and launches nothing, without an error,
+# where the product is negative. Sums over features have tiles of 256 columns or more, or all columns in one. Steps are
+# counted in 32 bits, up to those of a tile that is loaded in advance.
+_MAX_F, _MAX_D, _MAX_K, _MAX_PROGRAMS = 2**31 - 2**16, 2**20, 2**31 - 2**16, 2**31
 # 32 bits hold the place of a pair, those of bias included, also of the few past the last one at which a program looks
 # in advance.
 _MAX_PAIRS = 2**32 - 2**22
@@ -69,6 +71,10 @@ def check_inputs(
     for name, dims, shape in (("vals", "[B, K]", (B, K)), ("bias", "[D]", (D,)), ("target", "[B, D]", (B, D))):
         if tensors[name].shape != shape:
             raise ValueError(f"{name} must have shape {dims} = {shape}, got {tuple(tensors[name].shape)}")
+    if B * (D + 31) >= 32 * _MAX_PROGRAMS:
+        raise ValueError(f"target must have shape [B, D] with B * (D + 31) < 2**36, got {(B, D)}")
+    if (F + 2**16) * (D + 255) > 256 * _MAX_PROGRAMS:
+        raise ValueError(f"weight must have shape [F, D] with (F + 2**16) * (D + 255) <= 2**39, got {(F, D)}")
     if os.environ.get("FLEX_SAE_CHECK_INDICES") == "1":
         _check_indices(indices, F)
 
@@ -98,6 +104,13 @@ def unit_stride_rows(tensor: torch.Tensor) -> torch.Tensor:
     # The stride of a single row means nothing, but one that more rows would not have could mean another compilation.
     rows, columns = tensor.shape
     return tensor if rows > 1 or tensor.stride(0) >= columns else tensor.as_strided(tensor.shape, (columns, 1))
+
+
+def no_grad_in_inference_mode():
+    """A context for the call of an autograd Function. In inference mode nothing is recorded, even where gradients are
+    enabled in it, but there a Function would try to, and raise. (torch.compile cannot ask.)"""
+    inference = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
+    return torch.no_grad() if inference else contextlib.nullcontext()
 
 
 def savable(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

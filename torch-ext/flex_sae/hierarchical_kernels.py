@@ -38,6 +38,7 @@ from .checks import (
     mark,
     new_empty,
     next_power_of_2,
+    no_grad_in_inference_mode,
     refuse_second_derivative,
     runs_triton,
     savable,
@@ -601,14 +602,15 @@ def triton_hierarchical_sae_loss(
 
     Raises:
         TypeError: an argument is no tensor or has another dtype.
-        ValueError: shapes or devices do not fit together, or B >= 2**31, K or F > 2**31 - 2**16, D > 2**20 or
-            B * (K + 1) > 2**32 - 2**22.
+        ValueError: shapes or devices do not fit together, or B >= 2**31, K or F > 2**31 - 2**16, D > 2**20,
+            B * (K + 1) > 2**32 - 2**22, B * (D + 31) >= 2**36 or (F + 2**16) * (D + 255) > 2**39.
     """
     check_inputs(indices, weight, vals, bias, target)
     if not runs_triton(indices):
         return hierarchical_sae_loss(indices, weight, vals, bias, target)
-    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (weight, vals, bias, target))
-    return HierarchicalSAELoss.apply(indices, weight, vals, bias, target, needs_grad)
+    with no_grad_in_inference_mode():
+        needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (weight, vals, bias, target))
+        return HierarchicalSAELoss.apply(indices, weight, vals, bias, target, needs_grad)
 
 
 def hierarchical_sae_loss(
