@@ -7,7 +7,8 @@
     uv run example.py [-B 2048] [-K 256] [-F 131072] [-D 1024] [--dtype float32] [--iters 20]
 
 In a checkout this builds and loads the local package; alone, the published one. Without a GPU it runs a small problem
-through Triton's interpreter. Exit code: 0 all right, 1 a loss or a gradient is off, 2 bad options or too little memory.
+through Triton's interpreter. Exit code: 0 all right, 1 a loss or a gradient is off, 2 bad options, too little memory or
+nowhere to build.
 """
 
 import argparse
@@ -212,6 +213,9 @@ def main() -> int:
         resource.setrlimit(resource.RLIMIT_DATA, (memory, resource.RLIM_INFINITY))
     try:
         return 0 if run(args) else 1
+    except (ValueError, OSError) as error:  # a size that the package refuses; a folder that cannot be written to
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     except (RuntimeError, MemoryError) as error:
         # The CPU allocator raises a plain RuntimeError.
         no_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)

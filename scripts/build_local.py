@@ -7,13 +7,16 @@
     uv run scripts/build_local.py [--out build]
 
 Prints one path per variant. Exits with 1 and one line on stderr when build.toml does not validate or a source file
-breaks a rule of the Hub; then nothing is written.
+breaks a rule of the Hub, then nothing is written, or when the folder cannot be written to.
 """
 
 import argparse
 import ast
+import contextlib
+import fcntl
 import hashlib
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -67,8 +70,9 @@ class BuildError(Exception):
 def build(out: Path) -> list[Path]:
     """Write one folder per backend of build.toml into `out` and return their paths, in the order of build.toml.
 
-    A folder of the same name that is already there is replaced; the rest of `out` is left alone. The same sources give
-    the same bytes, and any other source gives another `id`.
+    A folder of the same name that is already there is replaced, unless it holds the same; the rest of `out` is left
+    alone. The same sources give the same bytes, and any other source gives another `id`. Builds into one folder wait
+    for each other.
 
     Raises:
         BuildError: build.toml does not validate, or a source file breaks a rule of the Hub. Nothing is written.
@@ -85,15 +89,35 @@ def build(out: Path) -> list[Path]:
     unique = content.hexdigest()[:12]
 
     out.mkdir(parents=True, exist_ok=True)
-    variants = []
-    # Staged beside the target, so that each folder appears complete, by one rename.
-    with tempfile.TemporaryDirectory(dir=out, prefix=".staging-") as staging:
-        for backend in general["backends"]:
-            staged, variant = (Path(folder) / f"torch-{backend}" for folder in (staging, out))
-            _write_variant(staged, general, backend, f"_{package}_{backend}_{unique}", sources)
-            shutil.rmtree(variant, ignore_errors=True)
-            variants.append(staged.rename(variant))
+    variants = [out / f"torch-{backend}" for backend in general["backends"]]
+    with _locked(out):
+        for left_behind in out.glob(".staging-*"):  # by a build that was killed
+            shutil.rmtree(left_behind)
+        # Staged beside the target, so that each folder appears complete, by one rename.
+        with tempfile.TemporaryDirectory(dir=out, prefix=".staging-") as staging:
+            for backend, variant in zip(general["backends"], variants, strict=True):
+                staged = Path(staging) / variant.name
+                _write_variant(staged, general, backend, f"_{package}_{backend}_{unique}", sources)
+                if _contents(staged) != _contents(variant):
+                    shutil.rmtree(variant, ignore_errors=True)
+                    staged.rename(variant)
     return variants
+
+
+@contextlib.contextmanager
+def _locked(folder: Path):
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    """The files in a folder by path, but for what Python caches there."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.suffix != ".pyc")
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 def _read_config() -> dict:
@@ -117,6 +141,8 @@ def _read_sources(package: str, extensions: list[str]) -> dict[str, bytes]:
     sources = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
+        if path.is_symlink() or path.name.startswith(".") or name == package:
+            raise BuildError(f"{path.relative_to(ROOT)}: a link, a hidden file or a second {package} is no part of it")
         if path.is_file() and path.suffix[1:] in extensions and name not in GENERATED:
             sources[name] = path.read_bytes()
             if path.suffix == ".py":
@@ -189,7 +215,7 @@ def main() -> None:
     try:
         for variant in build(parser.parse_args().out):
             print(variant)
-    except BuildError as error:
+    except (BuildError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

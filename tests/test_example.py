@@ -51,6 +51,7 @@ def test_without_a_checkout_it_loads_through_the_hub_and_finds_a_mismatch(tmp_pa
         (["-B", "0"], "batch must be at least 1, got 0"),
         (["-D", "-3"], "D must be at least 1, got -3"),
         (["--iters", "0"], "iters must be at least 1, got 0"),
+        (["-B", "1", "-K", "1", "-F", "2", "-D", str(2**20 + 1)], "D <= 2**20, got (2, 1048577)"),
         (["--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
     ],
 )

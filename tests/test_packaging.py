@@ -100,12 +100,45 @@ def test_same_content_gives_the_same_bytes(checkout, tmp_path):
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
+def test_what_is_already_there_is_left_alone(checkout, tmp_path):
+    variants = build_local.build(tmp_path / "build")
+    before = [variant.stat().st_ino for variant in variants]
+    (variants[0] / "__pycache__").mkdir()
+    (variants[0] / "__pycache__/checks.cpython-311.pyc").touch()
+    (variants[1] / "checks.py").write_text("edited")
+    (tmp_path / "build/.staging-killed/torch-cpu").mkdir(parents=True)
+    assert build_local.build(tmp_path / "build") == variants
+    assert [variant.stat().st_ino == inode for variant, inode in zip(variants, before, strict=True)] == [
+        True, False, True, True,
+    ]  # fmt: skip
+    assert sorted((tmp_path / "build").iterdir()) == sorted(variants)
+
+
+def test_builds_wait_for_each_other(checkout):
+    command = [sys.executable, checkout / "scripts/build_local.py"]
+    for change in range(3):
+        append(checkout / INIT, f"# change {change}\n")
+        builds = [subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL) for _ in range(4)]
+        assert [build.communicate()[1] for build in builds] == [b""] * 4
+    alone = build_local.build(checkout / "alone")
+    assert [contents(checkout / "build" / variant.name) for variant in alone] == [*map(contents, alone)]
+
+
 @pytest.mark.parametrize("file", [INIT, "torch-ext/flex_sae/NOTICE.txt", "build.toml"])
 def test_changed_content_changes_every_id(checkout, tmp_path, file):
     before = ids(build_local.build(tmp_path / "build"))
     append(checkout / file, "\n# changed\n")
     after = ids(build_local.build(tmp_path / "build"))
     assert len(set(before + after)) == 2 * len(BACKENDS)
+
+
+@pytest.mark.parametrize("name", ["link.txt", ".hidden.py", ".ipynb_checkpoints/copy.py", "flex_sae/__init__.py"])
+def test_what_is_no_part_of_the_package_is_refused(checkout, tmp_path, name):
+    stray = checkout / "torch-ext/flex_sae" / name
+    stray.parent.mkdir(exist_ok=True)
+    stray.symlink_to("/etc/hostname") if name == "link.txt" else stray.touch()
+    with pytest.raises(build_local.BuildError, match=f"torch-ext/flex_sae/{name.partition('/')[0]}: a link, a hidden"):
+        build_local.build(tmp_path / "build")
 
 
 def test_a_bad_build_toml_is_refused(checkout, tmp_path):
@@ -178,6 +211,13 @@ def test_the_script_fails_with_one_line(checkout):
     assert not (checkout / "build").exists()
 
 
+def test_a_folder_that_cannot_be_written_to_is_named(checkout):
+    (checkout / "build").touch()
+    ran = subprocess.run([sys.executable, checkout / "scripts/build_local.py"], capture_output=True, text=True)
+    assert ran.returncode == 1
+    assert re.fullmatch(r"error: .*build'\n", ran.stderr)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_variant_loads_and_runs(checkout, backend, device):
     build_local.build(checkout / "build")
@@ -224,10 +264,11 @@ def test_the_public_interface_is_a_literal_list(flex):
     assert all(callable(getattr(flex, name)) for name in flex.__all__)
 
 
-def test_the_notice_ships_with_the_package():
-    notice = (ROOT / "NOTICE").read_text()
-    assert notice == (ROOT / "torch-ext/flex_sae/NOTICE.txt").read_text()
-    assert "2505.24473" in notice
+@pytest.mark.parametrize("name, said", [("NOTICE", "2505.24473"), ("LICENSE", "Version 2.0, January 2004")])
+def test_notice_and_licence_ship_with_the_package(name, said):
+    text = (ROOT / name).read_text()
+    assert text == (ROOT / f"torch-ext/flex_sae/{name}.txt").read_text()
+    assert said in text
 
 
 @pytest.mark.parametrize("filled", [True, False])

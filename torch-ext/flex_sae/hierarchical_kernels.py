@@ -591,7 +591,12 @@ def triton_hierarchical_sae_loss(
     if any of the four is, and are rounded once, where they are stored. Where weight is bfloat16 and sums are float32,
     the S_i in its gradient are rounded to 11 bits before, three more than the gradient keeps (to fewer below 2e-9 of
     the largest that the sample can have). Where residuals are so large or small that their squares leave the range of
-    float32, those S_i may overflow or be lost.
+    float32, those S_i may overflow or be lost, and a NaN in some columns of a sample takes all of them. There and in
+    deterministic mode a sum of vals times S_i is multiplied by 2 / (B * K * D) last, and must not overflow before.
+
+    In float32 the S_i of the last steps are what is left of S_0 once all other residuals are taken away. Where K is in
+    the hundreds, or residuals shrink by orders of magnitude along it, their gradients have fewer right digits than
+    those of the first steps.
 
     Returns:
         0-dim float32 (float64 if any input is) tensor, differentiable once in weight, vals, bias and target. Loss and

@@ -352,7 +352,7 @@ def triton_topk_sae_loss(
     weight, vals, bias and target are float16, bfloat16, float32 or float64 in any mixture. Sums are float32, or float64
     if any of the four is, and are rounded once, where they are stored. Where all four are bfloat16 and K >= 48, the
     gradients are taken of residuals that were rounded to 11 bits before, three more than the gradients keep (to fewer
-    below 2e-9 of the largest of their sample), and weights beyond 1e33 may overflow.
+    below 2e-9 of the largest of their sample), and weights beyond 1e34 / D may overflow.
 
     Returns:
         0-dim float32 (float64 if any input is) tensor, differentiable once in weight, vals, bias and target. The same
