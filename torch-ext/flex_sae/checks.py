@@ -15,8 +15,8 @@ INTERPRETED = triton.knobs.runtime.interpret
 # A launch takes fewer than 2**31 programs in its first dimension, which are samples, or features and pieces of heavy
 # ones and of bias (up to 2**12 and, the square root of B, 46342), and at most 65535 in the second, tiles of 32 columns
 # or more. In all they are fewer than 2**31, too: Triton multiplies in 32 bits and launches nothing, without an error,
-# where the product is negative. Sums over features have tiles of 256 columns or more, or all columns in one. Steps are
-# counted in 32 bits, up to those of a tile that is loaded in advance.
+# where the product is not positive. Sums over features have tiles of 256 columns or more, or all columns in one. Steps
+# are counted in 32 bits, up to those of a tile that is loaded in advance.
 _MAX_F, _MAX_D, _MAX_K, _MAX_PROGRAMS = 2**31 - 2**16, 2**20, 2**31 - 2**16, 2**31
 # 32 bits hold the place of a pair, those of bias included, also of the few past the last one at which a program looks
 # in advance.
