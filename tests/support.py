@@ -1,6 +1,6 @@
 """What the tests compare with: problems, a float64 truth, and the error that a right kernel may make.
 
-The truth is written from the formulas, apart from the package's own references, one step of the K axis at a time.
+The truth is in scripts/truth.py.
 
 The budget is that of the standard model of floating point. A sum of products whose terms pass through at most `n`
 roundings of unit `u` each errs by at most `n * u * magnitude` to first order, `magnitude` being the same formula with
@@ -14,11 +14,11 @@ import contextlib
 import math
 import os
 import sys
-from typing import NamedTuple
 
 import pytest
 import torch
 from triton import knobs
+from truth import Problem, Result, magnitude, truth
 
 LOSSES = ("topk", "hierarchical")
 PATTERNS = ("uniform", "all_same", "duplicates", "one_hot_feature", "sorted")
@@ -30,24 +30,6 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = (torch.float32, torch.float64, torch.float16) + (() if INTERPRETED else (torch.bfloat16,))
 
 needs_cuda = pytest.mark.skipif(INTERPRETED, reason="needs a CUDA device")
-
-
-class Problem(NamedTuple):
-    indices: torch.Tensor  # [B, K]
-    weight: torch.Tensor  # [F, D]
-    vals: torch.Tensor  # [B, K]
-    bias: torch.Tensor  # [D]
-    target: torch.Tensor  # [B, D]
-
-
-class Result(NamedTuple):
-    """A loss and its gradients, or one number or tensor about each of them."""
-
-    loss: object
-    weight: object
-    vals: object
-    bias: object
-    target: object
 
 
 def make_indices(pattern, B, K, F, generator):
@@ -142,57 +124,6 @@ def triton_loss(flex, kind):
 
 def reference_loss(flex, kind):
     return getattr(flex, f"{kind}_sae_loss")
-
-
-def truth(kind, problem, grad_out=1.0):
-    """Loss and gradients in float64."""
-    doubles = Problem(problem.indices.long(), *(tensor.double() for tensor in problem[1:]))
-    return _FORMULAS[kind](doubles, grad_out, minus=-1.0)
-
-
-def magnitude(kind, problem, grad_out=1.0):
-    """The truth with every term replaced by its absolute value."""
-    absolutes = Problem(problem.indices.long(), *(tensor.double().abs() for tensor in problem[1:]))
-    return _FORMULAS[kind](absolutes, abs(grad_out), minus=1.0)
-
-
-def _topk(problem, grad_out, minus):
-    indices, weight, vals, bias, target = problem
-    residual = bias + minus * target
-    for step in range(indices.shape[1]):
-        residual = residual + vals[:, step, None] * weight[indices[:, step]]
-    grad = residual * (2 * grad_out / max(target.numel(), 1))
-    d_weight, d_vals = torch.zeros_like(weight), torch.zeros_like(vals)
-    for step in range(indices.shape[1]):
-        d_weight.index_add_(0, indices[:, step], vals[:, step, None] * grad)
-        d_vals[:, step] = (weight[indices[:, step]] * grad).sum(1)
-    return Result(residual.square().mean(), d_weight, d_vals, grad.sum(0), minus * grad)
-
-
-def _hierarchical(problem, grad_out, minus):
-    indices, weight, vals, bias, target = problem
-    K = indices.shape[1]
-    residual = bias + minus * target
-    suffix = torch.zeros_like(target)
-    loss = 0.0
-    for step in range(K):
-        residual = residual + vals[:, step, None] * weight[indices[:, step]]
-        suffix = suffix + residual
-        loss = loss + residual.square().mean() / K
-    factor = 2 * grad_out / max(K * target.numel(), 1)
-    d_bias, d_target = factor * suffix.sum(0), minus * factor * suffix
-    d_weight, d_vals = torch.zeros_like(weight), torch.zeros_like(vals)
-    residual = bias + minus * target
-    for step in range(K):
-        row, value = weight[indices[:, step]], vals[:, step, None]
-        d_weight.index_add_(0, indices[:, step], factor * value * suffix)
-        d_vals[:, step] = factor * (row * suffix).sum(1)
-        residual = residual + value * row
-        suffix = suffix + minus * residual
-    return Result(loss, d_weight, d_vals, d_bias, d_target)
-
-
-_FORMULAS = {"topk": _topk, "hierarchical": _hierarchical}
 
 
 def accumulation_dtype(problem):

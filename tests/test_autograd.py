@@ -9,13 +9,10 @@ import torch
 from support import (
     INTERPRETED,
     LOSSES,
-    Problem,
-    Result,
     assert_agree,
     assert_right,
     deterministic_algorithms,
     laid_out,
-    magnitude,
     make_problem,
     needs_cuda,
     record_compilations,
@@ -28,6 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton.runtime.jit import JITFunction
+from truth import Problem, Result, magnitude
 
 
 @pytest.mark.kernels_ci

@@ -4,7 +4,17 @@ import math
 
 import pytest
 import torch
-from support import PATTERNS, assert_right, budget, make_problem, needs_cuda, relative_error, run, submodule, truth
+from support import (
+    PATTERNS,
+    assert_right,
+    budget,
+    make_problem,
+    needs_cuda,
+    relative_error,
+    run,
+    submodule,
+)
+from truth import truth
 
 COPIES = 2048  # at most
 

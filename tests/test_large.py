@@ -4,8 +4,6 @@ import pytest
 import torch
 from support import (
     LOSSES,
-    Problem,
-    Result,
     deterministic_algorithms,
     make_problem,
     needs_cuda,
@@ -13,8 +11,8 @@ from support import (
     relative_error,
     run,
     triton_loss,
-    truth,
 )
+from truth import Problem, Result, truth
 
 pytestmark = needs_cuda
 

@@ -8,7 +8,6 @@ from support import (
     INTERPRETED,
     LAYOUTS,
     LOSSES,
-    Problem,
     assert_right,
     budget,
     laid_out,
@@ -18,8 +17,8 @@ from support import (
     run,
     submodule,
     triton_loss,
-    truth,
 )
+from truth import Problem, truth
 
 GUARD = 64  # elements on either side of an allocation: a multiple of 16 bytes, so that alignment stays
 

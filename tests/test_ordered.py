@@ -7,8 +7,6 @@ from support import (
     INTERPRETED,
     LOSSES,
     PATTERNS,
-    Problem,
-    Result,
     assert_right,
     deterministic_algorithms,
     make_indices,
@@ -18,8 +16,8 @@ from support import (
     run,
     submodule,
     triton_loss,
-    truth,
 )
+from truth import Problem, Result, truth
 
 
 @pytest.mark.parametrize("kind", LOSSES)

@@ -10,8 +10,6 @@ from support import (
     LAYOUTS,
     LOSSES,
     PATTERNS,
-    Problem,
-    Result,
     assert_right,
     errors_over_budget,
     laid_out,
@@ -22,8 +20,8 @@ from support import (
     run,
     submodule,
     triton_loss,
-    truth,
 )
+from truth import Problem, Result, truth
 
 f16, bf16, f32, f64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 

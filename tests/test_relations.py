@@ -6,8 +6,6 @@ import pytest
 import torch
 from support import (
     LOSSES,
-    Problem,
-    Result,
     assert_agree,
     assert_right,
     deterministic_algorithms,
@@ -15,6 +13,7 @@ from support import (
     run,
     triton_loss,
 )
+from truth import Problem, Result
 
 pytestmark = pytest.mark.kernels_ci
 

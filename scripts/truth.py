@@ -1,0 +1,71 @@
+"""The losses and their gradients in float64, straight from the formulas: what tests, benchmarks and example compare to.
+
+It is written apart from the package's own torch references, one step of the K axis at a time, so that no tensor is
+larger than ``[F, D]`` or ``[B, D]``.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+
+class Problem(NamedTuple):
+    """The arguments of a loss."""
+
+    indices: torch.Tensor  # [B, K]
+    weight: torch.Tensor  # [F, D]
+    vals: torch.Tensor  # [B, K]
+    bias: torch.Tensor  # [D]
+    target: torch.Tensor  # [B, D]
+
+
+class Result(NamedTuple):
+    """A loss and its gradients, or one number or tensor about each of them."""
+
+    loss: object
+    weight: object
+    vals: object
+    bias: object
+    target: object
+
+
+def truth(kind: str, problem: Problem, grad_out: float = 1.0) -> Result:
+    """Loss and gradients of the "topk" or "hierarchical" loss in float64, the gradients times ``grad_out``."""
+    return _formulas(kind, Problem(problem.indices.long(), *(t.detach().double() for t in problem[1:])), grad_out, -1.0)
+
+
+def magnitude(kind: str, problem: Problem, grad_out: float = 1.0) -> Result:
+    """The truth with every term replaced by its absolute value: the scale of rounding errors, element by element."""
+    absolutes = Problem(problem.indices.long(), *(t.detach().double().abs() for t in problem[1:]))
+    return _formulas(kind, absolutes, abs(grad_out), 1.0)
+
+
+@torch.no_grad()
+def _formulas(kind, problem, grad_out, minus):
+    """``minus`` is -1, or 1 to turn every subtraction into an addition."""
+    indices, weight, vals, bias, target = problem
+    K, hierarchical = indices.shape[1], kind == "hierarchical"
+    residual = bias + minus * target
+    # The sum of the residuals that the loss is made of: the last one of TopK, all K prefixes of HierarchicalTopK
+    suffix, squares = torch.zeros_like(target), 0.0
+    for step in range(K):
+        residual = torch.addcmul(residual, vals[:, step, None], weight[indices[:, step]])
+        if hierarchical:
+            suffix += residual
+            squares = squares + residual.square().sum()
+    if not hierarchical:
+        suffix, squares = residual, residual.square().sum()
+    count = target.numel() * (K if hierarchical else 1)
+    factor = 2 * grad_out / max(count, 1)
+    d_bias, d_target = factor * suffix.sum(0), minus * factor * suffix
+    d_weight, d_vals = torch.zeros_like(weight), torch.zeros_like(vals)
+    residual = bias + minus * target
+    for step in range(K):
+        row, val = weight[indices[:, step]], vals[:, step, None]
+        d_weight.index_add_(0, indices[:, step], val * suffix, alpha=factor)
+        d_vals[:, step] = factor * (row * suffix).sum(1)
+        if hierarchical:
+            residual = torch.addcmul(residual, val, row)
+            suffix = suffix + minus * residual
+    loss = squares / count if count else torch.full_like(bias[0], float("nan"))
+    return Result(loss, d_weight, d_vals, d_bias, d_target)
