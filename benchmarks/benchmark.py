@@ -1,4 +1,4 @@
-"""For `kernels benchmark .`: each loss alone and with its gradients, on a GPU or a CPU (where it is the reference)."""
+"""For `kernels benchmark .`: each loss alone and with its gradients, beside its torch reference, on a GPU."""
 
 import torch
 from kernels.benchmark import Benchmark
@@ -9,19 +9,22 @@ class _Loss:  # no Benchmark itself: `kernels benchmark` runs every class that i
     name: str
 
     def setup(self) -> None:
-        # Real sizes on a GPU; on a CPU what the reference gets through in milliseconds.
-        B, K, F, D = (128, 16, 4096, 256) if self.device == "cpu" else (4096, 64, 65536, 2304)
+        # self.device is "cuda" on a machine with torch for CUDA and no GPU.
+        if self.device == "cpu" or not torch.accelerator.is_available():
+            # `kernels benchmark` prints a RuntimeError as it is, without a traceback.
+            raise RuntimeError(
+                "This benchmark needs a GPU: on a CPU the losses are their torch references, "
+                "so there is nothing to compare."
+            )
+        self.make_inputs(B=4096, K=64, F=65536, D=2304)
+
+    def make_inputs(self, B: int, K: int, F: int, D: int) -> None:
         self.loss, self.reference = (getattr(self.kernel, f"{prefix}{self.name}") for prefix in ("triton_", ""))
         self.indices = torch.randint(F, (B, K), device=self.device)
+        weight = torch.randn(F, D, device=self.device).div_(D**0.5)
         vals = torch.rand(B, K, device=self.device).sort(dim=1, descending=True).values
-        self.leaves = [
-            tensor.requires_grad_()
-            for tensor in (
-                torch.randn(F, D, device=self.device).div_(D**0.5),
-                vals,
-                torch.randn(D, device=self.device),
-            )
-        ]
+        bias = torch.randn(D, device=self.device)
+        self.leaves = [tensor.requires_grad_() for tensor in (weight, vals, bias)]
         self.target = torch.randn(B, D, device=self.device)
 
     def _gradients(self, function):
@@ -34,13 +37,13 @@ class _Loss:  # no Benchmark itself: `kernels benchmark` runs every class that i
         # Some rows stand for all of d weight: what is compared is copied within the time.
         return torch.cat([weight_grad[self.indices[0]].flatten(), vals_grad.flatten(), bias_grad])
 
+    @torch.no_grad()
     def benchmark_loss(self):
-        with torch.no_grad():
-            self.out = self.loss(self.indices, *self.leaves, self.target)
+        self.out = self.loss(self.indices, *self.leaves, self.target)
 
+    @torch.no_grad()
     def verify_loss(self) -> torch.Tensor:
-        with torch.no_grad():
-            return self.reference(self.indices, *self.leaves, self.target)
+        return self.reference(self.indices, *self.leaves, self.target)
 
     def benchmark_step(self):
         self.out = self._gradients(self.loss)

@@ -25,7 +25,6 @@ hypothesis.settings.register_profile(
 hypothesis.settings.register_profile("cuda", max_examples=30, deadline=None, print_blob=True)
 hypothesis.settings.load_profile("interpreter" if INTERPRETED else "cuda")
 
-
 # Tensors are tiny: threads would only wait for each other, longer than the work takes on a busy machine.
 if INTERPRETED:
     torch.set_num_threads(1)
@@ -44,20 +43,21 @@ def flex(tmp_path_factory):
         out = tmp_path_factory.mktemp("flex-sae") / "build"
         build(out)
         os.environ["LOCAL_KERNELS"] = f"{REPO_ID}={out}"
-    return get_kernel(REPO_ID, version=1, trust_remote_code=True)
+    return get_kernel(REPO_ID, version=1, trust_remote_code=[REPO_ID])
 
 
 @pytest.fixture(autouse=not INTERPRETED)
 def launches_what_triton_would(flex, monkeypatch):
     """In all tests on a GPU, every compiled kernel that is launched without Triton is the one that Triton chooses."""
-    launcher = flex.launch._QuickLauncher
+    launcher = flex.launch._CachedLauncher
     launch = launcher._launch
 
     def compared(self, grid, *args, **constants):
         key, _ = self._key_and_addresses(args, constants)
         compiled = self._compiled.get(key)
         if compiled is not None:
-            assert self.warmup(*args, grid=grid, **constants) is compiled
+            warmup = self._kernel.warmup
+            assert warmup(*args, grid=grid, **constants, **flex.launch._OPTIONS) is compiled
         launch(self, grid, *args, **constants)
 
     monkeypatch.setattr(launcher, "_launch", compared)
@@ -67,3 +67,9 @@ def launches_what_triton_would(flex, monkeypatch):
 def device():
     """Where tensors live: "cuda", or "cpu" under the interpreter."""
     return "cpu" if INTERPRETED else "cuda"
+
+
+@pytest.fixture(scope="module", params=["topk", "hierarchical"])
+def kind(request):
+    """Tests that take it run for both losses."""
+    return request.param

@@ -5,7 +5,8 @@ The truth is in scripts/truth.py.
 The budget is that of the standard model of floating point. A sum of products whose terms pass through at most `n`
 roundings of unit `u` each errs by at most `n * u * magnitude` to first order, `magnitude` being the same formula with
 every term replaced by its absolute value. Evaluating the truth at absolute inputs, with every minus turned into a plus,
-gives exactly that magnitude, element by element. For long sums `n` becomes `4 * sqrt(n)`: the errors of n roundings,
+gives exactly that magnitude, element by element; for the hierarchical gradients of weight and vals it is taken along
+the backward walk from the last step to the first. For long sums `n` becomes `4 * sqrt(n)`: the errors of n roundings,
 uniform in +-u, add up to a standard deviation of `u * sqrt(n / 3)`, so this is seven of them, and no less than a sum in
 sqrt(n) blocks can lose at worst. On top comes one rounding to the dtype of the result.
 """
@@ -21,13 +22,17 @@ from triton import knobs
 from truth import Problem, Result, magnitude, truth
 
 LOSSES = ("topk", "hierarchical")
-PATTERNS = ("uniform", "all_same", "duplicates", "one_hot_feature", "sorted")
+PATTERNS = ("uniform", "all_same", "duplicates", "one_hot_feature", "two_heavy_features", "sorted")
 LAYOUTS = ("contiguous", "padded", "every_other_row", "every_other_column", "transposed")
 # conftest.py, imported first, has settled this
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 # The interpreter truncates to bfloat16 where a GPU rounds.
 DTYPES = (torch.float32, torch.float64, torch.float16) + (() if INTERPRETED else (torch.bfloat16,))
+
+# Each width compiles every kernel on a GPU, so that the suite shares a dozen: one, primes, powers of two and their
+# neighbours, below, at and above the column tiles (32 to 512); for the interpreter those of one or two tiles.
+WIDTHS = (1, 2, 3, 31, 33, 64, 127) if INTERPRETED else (1, 2, 3, 31, 32, 33, 64, 127, 200, 512, 513, 1031)
 
 needs_cuda = pytest.mark.skipif(INTERPRETED, reason="needs a CUDA device")
 
@@ -41,9 +46,18 @@ def make_indices(pattern, B, K, F, generator):
         return uniform[:, torch.arange(K, device=device) // 2]
     if pattern == "one_hot_feature":  # one feature holds half of all pairs, the others stay light
         uniform[:, ::2] = F // 2
+    if pattern == "two_heavy_features":  # in three steps of four, so that one ends and one starts within a chunk
+        uniform[:, ::2], uniform[:, 1::4] = F // 2, min(F // 2 + 1, F - 1)
     if pattern == "sorted":
         return uniform.sort(dim=1).values
     return uniform
+
+
+def pairs_of(counts, K, device, seed=0):
+    """[B, K] indices in random order in which feature f occurs counts[f] times; the last feature fills the last row."""
+    ids = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    ids = torch.cat([ids, ids.new_full((-len(ids) % K,), len(counts) - 1)])
+    return ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))].view(-1, K).to(device)
 
 
 def make_problem(
@@ -107,6 +121,18 @@ def deterministic_algorithms(enabled=True):
         torch.use_deterministic_algorithms(before)
 
 
+def modes(test):
+    """Parametrize a test over torch's default and deterministic mode."""
+    return pytest.mark.parametrize("deterministic", [False, True], ids=["default", "deterministic"])(test)
+
+
+def check(flex, kind, problem, grad_out=1.0, deterministic=False):
+    """Run the fused loss on a problem and compare everything with the truth."""
+    grad = torch.tensor(grad_out, dtype=accumulation_dtype(problem), device=problem.weight.device)
+    with deterministic_algorithms(deterministic):
+        assert_right(kind, problem, run(triton_loss(flex, kind), problem, grad), grad_out)
+
+
 def submodule(flex, name):
     return sys.modules[f"{flex.__name__}.{name}"]
 
@@ -134,13 +160,36 @@ def result_dtypes(problem):
     return Result(accumulation_dtype(problem), *(tensor.dtype for tensor in problem[1:]))
 
 
+def magnitudes(kind, problem, grad_out):
+    """The size of what each element of the loss and the gradients is summed up from, roundings included."""
+    sizes = magnitude(kind, problem, grad_out)
+    if kind == "topk":
+        return sizes
+    # The backward pass takes steps away from the last residual again, r_{i-1} = r_i - v_i w_i, and sums what is left.
+    # Within a tile it subtracts a sum that has step i in it and adds step i back.
+    indices, (weight, vals, bias, target) = problem.indices.long(), (t.double().abs() for t in problem[1:])
+    K, factor = indices.shape[1], 2 * abs(grad_out) / max(problem.indices.shape[1] * target.numel(), 1)
+    residual, suffix = bias + target, torch.zeros_like(target)
+    for step in range(K):
+        residual = torch.addcmul(residual, vals[:, step, None], weight[indices[:, step]])
+    d_weight, d_vals = torch.zeros_like(weight), torch.zeros_like(vals)
+    for step in reversed(range(K)):
+        row, val = weight[indices[:, step]], vals[:, step, None]
+        residual = torch.addcmul(residual, val, row, value=2)
+        suffix = suffix + residual
+        d_weight.index_add_(0, indices[:, step], val * suffix, alpha=factor)
+        d_vals[:, step] = factor * (row * suffix).sum(1)
+    return sizes._replace(weight=d_weight, vals=d_vals)
+
+
 def budget(kind, problem, expected, grad_out=1.0):
     """How far each element of a right result may lie from `expected`, the truth."""
     (B, K), D = problem.indices.shape, problem.weight.shape[1]
     most_pairs = int(torch.bincount(problem.indices.flatten().long(), minlength=1).max())  # of one feature
     residual = K + 2  # a product, K additions, the target
-    # In the hierarchical loss a residual then passes K additions into S_0 and K subtractions out of it.
-    suffix = residual + (2 * K if kind == "hierarchical" else 0)
+    # In the hierarchical loss a residual then passes K subtractions of later steps, two more within its tile, and K
+    # additions into S_i.
+    suffix = residual + (2 * K + 2 if kind == "hierarchical" else 0)
     squares = B * D * (K if kind == "hierarchical" else 1)
     scalars = 6  # the products with v_i and grad_out, and 2 / (B D) with its own roundings
     roundings = Result(2 * residual + squares, suffix + most_pairs, suffix + D, suffix + B, suffix)
@@ -157,16 +206,12 @@ def budget(kind, problem, expected, grad_out=1.0):
         store = narrow.eps / 2 + (torch.finfo(torch.float32).eps if dtype.itemsize == 2 else 0)
         return error + store * (value.abs() + error) + narrow.tiny * narrow.eps / 2
 
-    sizes = magnitude(kind, problem, grad_out)
+    sizes = magnitudes(kind, problem, grad_out)
     result = Result(*map(allowed, roundings, sizes, expected, result_dtypes(problem)))
-    # What passes through float16: the terms of a bfloat16 gradient of weight; the residuals of many bfloat16 pairs.
-    through_float16 = ()
     if kind == "hierarchical" and problem.weight.dtype == torch.bfloat16 and accumulation == torch.float32:
-        through_float16 = ("weight",)
-    if kind == "topk" and K >= 48 and all(tensor.dtype == torch.bfloat16 for tensor in problem[1:]):
-        through_float16 = Result._fields[1:]
-    half = torch.finfo(torch.float16).eps / 2
-    return result._replace(**{n: getattr(result, n) + half * getattr(sizes, n) for n in through_float16})
+        # The S_i pass through float16 scratch.
+        result = result._replace(weight=result.weight + torch.finfo(torch.float16).eps / 2 * sizes.weight)
+    return result
 
 
 def errors_over_budget(kind, problem, result, grad_out=1.0):
@@ -198,6 +243,19 @@ def assert_agree(kind, problem, result, other):
     for name, left, right, tolerance in zip(Result._fields, result, other, allowed, strict=True):
         error = ((left.double() - right.double()).abs() / tolerance).max().item()
         assert error <= 2, f"{kind} {name}: the two differ by {error:.3g} times the error budget"
+
+
+def assert_only_sample_1_is_spoilt(kind, right, result, features=()):
+    """The loss and d vals and d target of sample 1 are NaN; those of other samples and d weight of `features` are
+    right."""
+    expected = truth(kind, right)
+    allowed = budget(kind, right, expected)
+    assert result.loss.isnan()
+    assert result.vals[1].isnan().all() and result.target[1].isnan().all()
+    others = [b for b in range(len(right.vals)) if b != 1]
+    for name, kept in (("vals", others), ("target", others), ("weight", list(features))):
+        value, true, tolerance = (getattr(r, name)[kept] for r in (result, expected, allowed))
+        assert ((value.double() - true).abs() <= tolerance).all(), name
 
 
 def relative_error(value, expected):

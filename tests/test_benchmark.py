@@ -1,146 +1,224 @@
-"""What benchmarks/run.py takes for right before it times it, and what it keeps when something fails."""
+"""What is right is timed, what is wrong is not, nothing measured is lost, and reports show what was measured."""
 
-import importlib.util
 import json
+import runpy
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
+
+import cases
+import inputs
+import measure
+import peers
+import records
+import run
+
+BENCHMARKS = Path(run.__file__).parent
+SHAPE = cases.Shape(B=24, K=4, F=32, D=16)
 
 
-@pytest.fixture(scope="module")
-def bench():
-    spec = importlib.util.spec_from_file_location("benchmarks_run", ROOT / "benchmarks" / "run.py")
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, spec.name, module)  # dataclasses look their module up
-        spec.loader.exec_module(module)
-        yield module
+@pytest.fixture(autouse=True)
+def on_a_cpu(monkeypatch):
+    monkeypatch.setattr(inputs, "DEVICE", "cpu")
+    monkeypatch.setattr(measure, "memory", lambda *args: {"total_gib": 2.0, "extra_gib": 0.5})
+    monkeypatch.setattr(measure, "times", lambda steps: {name: {"ms": 1.0, "wall_ms": 2.0} for name in steps})
 
 
-@pytest.fixture
-def prepare(bench, flex, monkeypatch):
-    """A function that checks a loss made of the reference by `change(loss, i)`, for set i, on a CPU."""
-    monkeypatch.setattr(bench, "DEVICE", "cpu")
-    monkeypatch.setattr(bench, "measure_memory", lambda *args: {})
-
-    def prepare(loss, mode="step", change=lambda function, i, *inputs: function(*inputs), dtype="float32"):
-        shape = bench.Shape(B=24, K=4, F=32, D=16, dtype=dtype)
-        inputs = bench.Inputs(shape)
-        function = getattr(flex, f"{loss}_sae_loss")
-
-        def changed(indices, *others):
-            i = next(i for i, (known, *_) in enumerate(inputs.sets) if known is indices)
-            return change(function, i, indices, *others)
-
-        with torch.set_grad_enabled(mode != "forward"):
-            record, _ = bench.prepare_row(
-                bench.Case(shape, loss, mode), inputs, changed, bench.truth(loss, inputs), None
-            )
-        return record["errors"]
-
-    return prepare
+def row_of(case, function):
+    """The record of `function` as the only row of a case."""
+    made = inputs.Inputs(case.shape)
+    (record,) = run.run_case(case, made, {"row": function}, made.truths(case.loss))
+    return record
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("mode", ["forward", "step"])
-@pytest.mark.parametrize("loss", ["topk", "hierarchical"])
-def test_what_is_right_is_timed(prepare, loss, mode, dtype):
-    errors = prepare(loss, mode, dtype=dtype)
-    assert errors.keys() == ({"loss"} if mode == "forward" else {"loss", "weight", "vals", "bias"})
+@pytest.mark.parametrize("mode", ["step", "deterministic", "one thread"])
+@pytest.mark.parametrize("loss", cases.LOSSES)
+def test_what_is_right_is_timed(flex, loss, mode, dtype):
+    case = cases.Case(cases.Shape(24, 4, 32, 16, dtype, "zipf"), loss, mode)
+    record = row_of(case, getattr(flex, f"{loss}_sae_loss"))
+    assert (record["status"], record["ms"], record["wall_ms"]) == ("ok", 1.0, 2.0)
+    assert 0 < record["error"] < inputs.bounds(case)[0]
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
-def no_gradient_of_bias(function, i, indices, weight, vals, bias, target):
-    return function(indices, weight, vals, bias.detach(), target)
+def test_peers_compute_the_loss(flex, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)  # there may be no C compiler
+    peers.compiled.cache_clear()
+    case = cases.Case(SHAPE, "topk", "step", cases.PEERS["topk"])
+    functions = peers.implementations(case, flex, {})
+    assert list(functions) == ["flex_sae", *case.peers]
+    assert [row_of(case, functions[name])["status"] for name in case.peers] == ["ok"] * len(case.peers)
 
 
-def another_loss_of_the_last_set(function, i, *inputs):
-    return function(*inputs) * (1.001 if i == 2 else 1)
+def another_gradient(name):
+    def change(function, _, problem):
+        tensor = getattr(problem, name)
+        return function(*problem._replace(**{name: 1.001 * tensor - 0.001 * tensor.detach()}))
 
-
-def a_pair_less(function, i, indices, weight, vals, bias, target):
-    """The right value, and the gradient of weight without one of the pairs of a feature."""
-    mask = torch.ones_like(vals)
-    mask[0, -1] = 0
-    value = function(indices, weight, vals, bias, target)
-    others = function(indices, weight.detach(), vals, bias, target)
-    partial = function(indices, weight, (vals * mask).detach(), bias.detach(), target)
-    return others + (partial - partial.detach()) + (value - others).detach()
-
-
-@pytest.mark.parametrize(
-    "change, complaint",
-    [
-        (no_gradient_of_bias, "bias has no gradient"),
-        (another_loss_of_the_last_set, "loss is off"),
-        (a_pair_less, "weight is off"),
-    ],
-)
-@pytest.mark.parametrize("loss", ["topk", "hierarchical"])
-def test_what_is_wrong_is_not_timed(bench, prepare, loss, change, complaint):
-    with pytest.raises(bench.ParityError, match=complaint):
-        prepare(loss, change=change)
-
-
-def test_a_row_that_is_off_does_not_drown_in_the_others(bench):
-    got = torch.randn(10_000, 8)
-    want = {"weight": got.double()}
-    bound = 0.02
-    assert bench.check({"weight": got}, want, bound) == {"weight": 0}
-    got[7] = 0  # a hundredth of the whole
-    with pytest.raises(bench.ParityError, match="off in 1 rows, the first is 7"):
-        bench.check({"weight": got}, want, bound)
-
-
-def test_an_interruption_loses_no_results(bench, tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "environment", lambda command: {"command": command})
-    file = tmp_path / "new" / "results.json"
-    results = bench.Results("small", "python benchmarks/run.py", file)
-    for n in range(2):
-        results.add([{"n": n}])
-        records = [{"n": i} for i in range(n + 1)]
-        assert json.loads(file.read_text()) == {
-            "suite": "small",
-            "command": "python benchmarks/run.py",
-            "records": records,
-        }
-    assert list(file.parent.iterdir()) == [file]
-
-
-def test_what_fails_while_it_is_timed_becomes_a_status(bench, flex, monkeypatch):
-    def fails(*args):
-        raise torch.OutOfMemoryError
-
-    monkeypatch.setattr(bench, "DEVICE", "cpu")
-    monkeypatch.setattr(bench, "sample", fails)
-    shape = bench.Shape(B=24, K=4, F=32, D=16)
-    inputs = bench.Inputs(shape)
-    functions = {"flex_sae": flex.topk_sae_loss, "broken": None}
-    monkeypatch.setattr(bench, "measure_memory", lambda *args: {})
-    records = bench.run_case(
-        bench.Case(shape, "topk", "step"), inputs, functions, bench.truth("topk", inputs), ceilings={}
-    )
-    assert [(record["row"], record["status"]) for record in records] == [
-        ("flex_sae", "out of memory"),
-        ("broken", "failed"),
-    ]
+    return change
 
 
 @pytest.mark.parametrize(
-    "arguments, complaint",
+    "change, status, detail",
     [
-        (["no/such/folder"], "neither a folder nor a Python file"),
-        (["flex_sae={file}"], "another row is called flex_sae"),
-        (["a={file}", "a={file}"], "another row is called a"),
+        (lambda f, _, p: f(*p._replace(bias=p.bias.detach())), "wrong", "bias has no gradient"),
+        # The losses of all sets are checked, the gradients of set 0.
+        (lambda f, call, p: f(*p) * (1.001 if call == 3 else 1), "wrong", "loss of set 2 is off by 1.0e-03"),
+        (lambda f, _, p: f(*p) * float("nan"), "wrong", "loss of set 0 is off by nan"),
+        *((another_gradient(n), "wrong", f"{n} of set 0 is off by 1.0e-03") for n in ("weight", "vals", "bias")),
+        (lambda f, _, p: f(*p[:-1]), "failed", "missing 1 required positional argument: 'target'"),
     ],
 )
-def test_a_baseline_that_is_no_row_is_refused(bench, tmp_path, arguments, complaint):
-    file = tmp_path / "x=y" / "losses.py"
-    file.parent.mkdir()
-    file.write_text("def triton_topk_sae_loss(): ...\n")
-    assert list(bench.load_baselines([f"a={file}", str(file)])) == ["a", "losses"]
-    with pytest.raises(SystemExit, match=complaint):
-        bench.load_baselines([argument.format(file=file) for argument in arguments])
+@pytest.mark.parametrize("loss", cases.LOSSES)
+def test_what_is_wrong_is_not_timed(flex, loss, change, status, detail):
+    calls = []
+
+    def changed(*problem):
+        calls.append(problem)
+        return change(getattr(flex, f"{loss}_sae_loss"), len(calls), inputs.Problem(*problem))
+
+    record = row_of(cases.Case(SHAPE, loss), changed)
+    assert record["status"] == status and detail in record["detail"]
+    assert "ms" not in record
+
+
+def test_a_lost_row_among_many_and_other_bits_are_seen():
+    case, weight = cases.Case(cases.Shape(24, 4, 2000, 8, "bfloat16"), "topk"), torch.randn(2000, 8)
+    weight[7] *= 1e-2
+    truths = [{"weight": weight.double()}]
+    assert inputs.check(case, lambda i: {"weight": weight.clone()}, truths) == 0
+    weight[7] = 0
+    with pytest.raises(inputs.ParityError, match="off in 1 rows, the first is 7"):
+        inputs.check(case, lambda i: {"weight": weight}, truths)
+    with pytest.raises(inputs.ParityError, match="loss differs"):
+        inputs.check_repeats(lambda i: {"loss": torch.rand(())})
+
+
+def test_an_interruption_loses_no_results(flex, tmp_path, monkeypatch):
+    def interrupted(case, *others):
+        if case.loss == "hierarchical":
+            raise KeyboardInterrupt
+        return [{**run.blank(case, "flex_sae"), **run.failure(torch.OutOfMemoryError())}]
+
+    monkeypatch.setattr(run, "run_case", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run.run([cases.Case(SHAPE, loss) for loss in cases.LOSSES], flex, {}, tmp_path / "results.jsonl")
+    (record,) = map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines())
+    assert (record["loss"], record["status"], record["B"]) == ("topk", "out of memory", 24)
+
+
+def test_baselines_are_files_and_folders_of_other_names(tmp_path):
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package/losses.py").write_text("def triton_topk_sae_loss(): return 'ours'")
+    (tmp_path / "package/__init__.py").write_text("from .losses import triton_topk_sae_loss")
+    file, empty = tmp_path / "x=y.py", tmp_path / "empty.py"
+    file.write_text("def triton_hierarchical_sae_loss(): ...")
+    empty.touch()
+    baselines = peers.load_baselines([f"a={tmp_path / 'package'}", f"b={file}"])
+    assert baselines["a"].triton_topk_sae_loss() == "ours"
+    assert hasattr(baselines["b"], "triton_hierarchical_sae_loss")
+    for arguments, complaint in [
+        (["no/such/folder"], "expected NAME=PATH"),
+        (["a=no/such/folder"], "neither a Python file nor a folder"),
+        ([f"a={empty}"], "has neither triton_topk_sae_loss nor"),
+        ([f"flex_sae={file}"], "another row is called flex_sae"),
+        ([f"a={file}", f"a={file}"], "another row is called a"),
+    ]:
+        with pytest.raises(SystemExit, match=complaint):
+            peers.load_baselines(arguments)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_one_line_says_so():
+    done = subprocess.run([sys.executable, BENCHMARKS / "run.py", "--suite", "small"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "This benchmark needs a GPU that torch.cuda can see, and there is none here.\n"
+
+
+@pytest.mark.parametrize("name", ["TopKBenchmark", "HierarchicalBenchmark"])
+def test_the_benchmark_of_the_hub_verifies(flex, device, name):
+    benchmark = runpy.run_path(BENCHMARKS / "benchmark.py")[name]()
+    benchmark.kernel, benchmark.device = flex, device
+    if device == "cpu":
+        with pytest.raises(RuntimeError, match="needs a GPU: on a CPU the losses are their torch references"):
+            benchmark.setup()
+    benchmark.make_inputs(B=32, K=4, F=64, D=48)
+    for workload in ("loss", "step"):
+        getattr(benchmark, f"benchmark_{workload}")()
+        # The tolerance of `kernels benchmark`
+        assert torch.allclose(benchmark.out, getattr(benchmark, f"verify_{workload}")(), atol=1e-2)
+
+
+def report(folder, text, *options):
+    """Run report.py on a document of `text` and the results in `folder`: its exit code, stderr and the document."""
+    for library in ("tabulate", "matplotlib"):
+        pytest.importorskip(library)
+    document = folder / "README.md"
+    document.write_text(text)
+    command = [sys.executable, BENCHMARKS / "report.py", *options, "--results", folder, document]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.returncode, done.stderr, document.read_text()
+
+
+def write_results(folder, suite, **about):
+    """Made-up results of a suite: 2 ms and 4 GiB for the package, 10 ms and 20 GiB for its peers."""
+    lines = [{"command": "run", "gpu": "Some GPU", "torch": "2", "triton": "3", "commit": "abc", **about}]
+    for case in cases.SUITES[suite]():
+        for row in ("flex_sae", *case.peers):
+            ms, gib = (2.0, 4.0) if row == "flex_sae" else (10.0, 20.0)
+            measured = {"status": "ok", "ms": ms, "wall_ms": ms + 0.5, "total_gib": gib, "extra_gib": gib / 8}
+            lines.append({**run.blank(case, row), **({"status": "out of memory"} if row == "dense" else measured)})
+    records.append(folder / f"{suite}.jsonl", lines)
+
+
+def marked(name):
+    return f"before\n<!-- table:{name} -->\nstale\n<!-- /table -->\nafter\n"
+
+
+CELLS = {
+    "decoder_step": ["TopK", "128", "2.00 ms, 4.0 GiB, 5.0x faster", "10.0 ms, 20.0 GiB"],
+    "losses": ["65536", "zipf", "flex_sae, deterministic", "2.00 ms", "2.50 ms", "out of memory"],
+    "sizes": ["1023", "262144", "2.00 ms", "2.50 ms"],
+    "small": ["eager, one thread", "CUDA graph", "embedding_bag", "10.5 ms"],
+    "memory": ["4096", "131072", "0.50 GiB"],
+}
+
+
+def test_a_report_has_the_tables_and_the_plot(tmp_path):
+    for suite in cases.SUITES:
+        write_results(tmp_path, suite)
+    code, printed, text = report(tmp_path, "".join(map(marked, CELLS)))
+    assert (code, printed) == (0, "")
+    assert "stale" not in text and text.startswith("before\n") and text.endswith("after\n")
+    assert text.count("<sub>`run` on Some GPU, torch 2, triton 3, commit abc</sub>") == len(CELLS)
+    tables = {name: text.split(f"<!-- table:{name} -->")[1].split("<sub>")[0] for name in CELLS}
+    for name, cells in CELLS.items():
+        assert all(f"| {cell} " in tables[name] for cell in cells), tables[name]
+    assert [tables[name].count("\n|") for name in ("decoder_step", "memory")] == [2 + 6, 2 + 3]
+    assert "<!-- peak memory (GiB) -->" in (tmp_path / "decoder_step.svg").read_text()
+    assert report(tmp_path, text, "--check") == (0, "", text)
+    code, printed, _ = report(tmp_path, text.replace("2.50 ms", "2.49 ms", 1), "--check")
+    assert (code, printed) == (1, "Not the tables of the results: README.md.\n")
+
+
+@pytest.mark.parametrize(
+    "text, complaint",
+    [
+        (marked("nothing"), "There is no table nothing"),
+        (marked("sizes"), "sizes.jsonl is missing"),
+        (marked("decoder_step") + "<!-- table:small -->", "has no <!-- /table --> of its own"),
+        (marked("decoder_step") + marked("small"), "commit is abc in decoder_step.jsonl and def in small.jsonl"),
+    ],
+)
+def test_a_report_is_refused_in_one_sentence(tmp_path, text, complaint):
+    write_results(tmp_path, "decoder_step")
+    write_results(tmp_path, "small", commit="def")
+    code, printed, unchanged = report(tmp_path, text)
+    assert code == 2 and complaint in printed and printed.count("\n") == 1
+    assert unchanged == text

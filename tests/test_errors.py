@@ -1,10 +1,12 @@
 """Every mistake in the arguments is named before anything is launched."""
 
+import contextlib
 import re
+import warnings
 
 import pytest
 import torch
-from support import make_problem
+from support import make_problem, submodule
 
 pytestmark = pytest.mark.kernels_ci
 
@@ -19,55 +21,42 @@ def zeros(*shape, dtype=torch.float32):
     return lambda device: torch.zeros(shape, dtype=dtype, device=device)
 
 
-FLOATS = "float16, bfloat16, float32 or float64"
-SIZES = "B < 2**31, K <= 2**31 - 2**16 and B * (K + 1) <= 2**32 - 2**22"
+SHAPES = {"indices": (4, 3), "weight": (9, 33), "vals": (4, 3), "bias": (33,), "target": (4, 33)}
+NAMES = tuple(SHAPES)
+FLATTEN = "flatten leading dimensions"
+WRONG_SHAPES = [
+    ("indices", (4,), "[B, K], got (4,)"),
+    ("indices", (4, 3, 1), f"[B, K], got (4, 3, 1): {FLATTEN}"),
+    ("weight", (9,), "[F, D], got (9,)"),
+    ("weight", (1, 9, 33), "[F, D], got (1, 9, 33)"),
+    ("weight", (0, 33), "[F, D] with F >= 1 and D >= 1, got (0, 33)"),
+    ("weight", (9, 0), "[F, D] with F >= 1 and D >= 1, got (9, 0)"),
+    ("weight", (33, 9), "[F, D], got (33, 9), which is [D, F] for these bias and target: pass weight.t()"),
+    ("vals", (4, 6), "[B, K] = (4, 3), got (4, 6)"),
+    ("vals", (1, 4, 3), f"[B, K] = (4, 3), got (1, 4, 3): {FLATTEN}"),
+    ("bias", (34,), "[D] = (33,), got (34,)"),
+    ("bias", (1, 33), "[D] = (33,), got (1, 33)"),
+    ("target", (5, 33), "[B, D] = (4, 33), got (5, 33)"),
+    ("target", (33,), "[B, D] = (4, 33), got (33,)"),
+    ("target", (2, 2, 33), f"[B, D] = (4, 33), got (2, 2, 33): {FLATTEN}"),
+]
+DENSE = "must be dense (torch.strided), got"
 MISTAKES = [
-    ("indices", zeros(4, dtype=torch.int64), ValueError, "indices must have shape [B, K], got (4,)"),
-    ("indices", zeros(4, 3, 1, dtype=torch.int64), ValueError, "indices must have shape [B, K], got (4, 3, 1)"),
-    ("weight", zeros(9), ValueError, "weight must have shape [F, D], got (9,)"),
-    ("weight", zeros(1, 9, 33), ValueError, "weight must have shape [F, D], got (1, 9, 33)"),
-    ("weight", zeros(0, 33), ValueError, "weight must have shape [F, D] with F >= 1 and D >= 1, got (0, 33)"),
-    ("weight", zeros(9, 0), ValueError, "weight must have shape [F, D] with F >= 1 and D >= 1, got (9, 0)"),
-    ("weight", lambda device: torch.zeros(1, 1, device=device).expand(2**31, 33), ValueError,
-     "weight must have shape [F, D] with F <= 2**31 - 2**16 and D <= 2**20, got (2147483648, 33)"),
-    ("weight", lambda device: torch.zeros(1, 1, device=device).expand(2**31 - 2**16 + 1, 33), ValueError,
-     "weight must have shape [F, D] with F <= 2**31 - 2**16 and D <= 2**20, got (2147418113, 33)"),
-    ("weight", lambda device: torch.zeros(1, 1, device=device).expand(9, 2**20 + 1), ValueError,
-     "weight must have shape [F, D] with F <= 2**31 - 2**16 and D <= 2**20, got (9, 1048577)"),
-    ("indices", lambda device: torch.zeros(1, 1, dtype=torch.int64, device=device).expand(2**31, 1), ValueError,
-     f"indices must have shape [B, K] with {SIZES}, got (2147483648, 1)"),
-    ("indices", lambda device: torch.zeros(1, 1, dtype=torch.int64, device=device).expand(2**22, 1024), ValueError,
-     f"indices must have shape [B, K] with {SIZES}, got (4194304, 1024)"),
-    ("indices", lambda device: torch.zeros(1, 1, dtype=torch.int64, device=device).expand(1, 2**31 - 2**16 + 1),
-     ValueError, f"indices must have shape [B, K] with {SIZES}, got (1, 2147418113)"),
-    ("weight", zeros(33, 9), ValueError,
-     "weight must have shape [F, D], got (33, 9), which is [D, F] for these bias and target"),
-    ("vals", zeros(4, 6), ValueError, "vals must have shape [B, K] = (4, 3), got (4, 6)"),
-    ("vals", zeros(3, 4), ValueError, "vals must have shape [B, K] = (4, 3), got (3, 4)"),
-    ("vals", zeros(4), ValueError, "vals must have shape [B, K] = (4, 3), got (4,)"),
-    ("bias", zeros(34), ValueError, "bias must have shape [D] = (33,), got (34,)"),
-    ("bias", zeros(1, 33), ValueError, "bias must have shape [D] = (33,), got (1, 33)"),
-    ("target", zeros(5, 33), ValueError, "target must have shape [B, D] = (4, 33), got (5, 33)"),
-    ("target", zeros(33), ValueError, "target must have shape [B, D] = (4, 33), got (33,)"),
-    ("indices", zeros(4, 3), TypeError, "indices must be int32 or int64, got torch.float32"),
-    ("indices", zeros(4, 3, dtype=torch.int16), TypeError, "indices must be int32 or int64, got torch.int16"),
-    ("indices", zeros(4, 3, dtype=torch.bool), TypeError, "indices must be int32 or int64, got torch.bool"),
-    *[
-        (name, zeros(*shape, dtype=dtype), TypeError, f"{name} must be {FLOATS}, got {dtype}")
-        for name, shape in (("weight", (9, 33)), ("vals", (4, 3)), ("bias", (33,)), ("target", (4, 33)))
-        for dtype in (torch.int64, torch.complex64)
-    ],
-    *[
-        (name, lambda device: [[0.0]], TypeError, f"{name} must be a torch.Tensor, got list")
-        for name in ("indices", "weight", "vals", "bias", "target")
-    ],
-    ("weight", lambda device: torch.zeros(9, 33, device=device).to_sparse(), TypeError,
-     "weight must be dense (torch.strided), got torch.sparse_coo"),
-    ("target", lambda device: torch.zeros(4, 33, device=device).to_sparse_csr(), TypeError,
-     "target must be dense (torch.strided), got torch.sparse_csr"),
-    ("vals", lambda device: torch.nested.nested_tensor([torch.ones(3), torch.ones(2)], device=device), TypeError,
-     "vals must be dense (torch.strided), got a nested tensor"),
+    *((name, zeros(*shape, dtype=torch.int64 if name == "indices" else torch.float32), ValueError,
+       f"{name} must have shape {message}") for name, shape, message in WRONG_SHAPES),
+    *(("indices", zeros(4, 3, dtype=dtype), TypeError, f"indices must be int32 or int64, got {dtype}")
+      for dtype in (torch.float32, torch.int16, torch.bool)),
+    *((name, zeros(*SHAPES[name], dtype=dtype), TypeError,
+       f"{name} must be float16, bfloat16, float32 or float64, got {dtype}")
+      for name in NAMES[1:] for dtype in (torch.int64, torch.complex64)),
+    *((name, lambda device: [[0.0]], TypeError, f"{name} must be a torch.Tensor, got list") for name in NAMES),
     ("bias", lambda device: None, TypeError, "bias must be a torch.Tensor, got NoneType"),
+    ("weight", lambda device: torch.nn.Linear(9, 33, device=device), TypeError,
+     "weight must be a torch.Tensor, got Linear; pass its .weight.t()"),
+    ("weight", lambda device: torch.zeros(9, 33, device=device).to_sparse(), TypeError,
+     f"weight {DENSE} torch.sparse_coo"),
+    ("vals", lambda device: torch.nested.nested_tensor([torch.ones(3), torch.ones(2)], device=device), TypeError,
+     f"vals {DENSE} a nested tensor"),
 ]  # fmt: skip
 
 
@@ -78,20 +67,34 @@ def test_a_mistake_is_named(loss, device, name, wrong, error, message):
         loss(*problem)
 
 
-# As many programs as 32 bits do not hold: Triton launches none, without an error.
+# Triton silently launches nothing where a grid has more programs than 32 bits hold.
 @pytest.mark.parametrize(
-    "B, F, D, message",
+    "B, K, F, D",
     [
-        (2**30, 9, 33, "target must have shape [B, D] with B * (D + 31) < 2**36, got (1073741824, 33)"),
-        (2**17, 9, 2**19, "target must have shape [B, D] with B * (D + 31) < 2**36, got (131072, 524288)"),
-        (4, 2**30, 257, "weight must have shape [F, D] with (F + 2**16) * (D + 255) <= 2**39, got (1073741824, 257)"),
+        (2**22, 1024, 9, 33),  # B * K
+        (2**31 - 2**21 + 1, 1, 9, 32),
+        (2**30, 1, 9, 33),  # B * ceil(D / 32)
+        (4, 1, 2**30, 33),  # F * ceil(D / 32)
+        (4, 1, 2**31 - 2**21 + 1, 32),
+        (4, 1, 9, 2**20 + 1),
     ],
 )
-def test_a_size_that_is_too_large_with_another_is_named(loss, device, B, F, D, message):
+def test_sizes_that_are_too_large_are_named(loss, device, B, K, F, D):
     number = torch.zeros((), device=device)
-    shapes = {"weight": (F, D), "vals": (B, 1), "bias": (D,), "target": (B, D)}
+    shapes = {"weight": (F, D), "vals": (B, K), "bias": (D,), "target": (B, D)}
+    message = (
+        "sizes must satisfy B * K, B * ceil(D / 32), F * ceil(D / 32) <= 2**31 - 2**21 and D <= 2**20, "
+        f"got B={B}, K={K}, F={F}, D={D}"
+    )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        loss(indices=number.long().expand(B, 1), **{name: number.expand(shape) for name, shape in shapes.items()})
+        loss(indices=number.long().expand(B, K), **{name: number.expand(shape) for name, shape in shapes.items()})
+
+
+@pytest.mark.parametrize("B, K, F, D", [(1, 2**31 - 2**21, 9, 1), (2**31 - 2**21, 1, 9, 32), (4, 1, 9, 2**20)])
+def test_the_largest_sizes_pass_the_check(flex, B, K, F, D):
+    number = torch.zeros((), device="meta")
+    shapes = ((F, D), (B, K), (D,), (B, D))
+    submodule(flex, "checks").check_inputs(number.long().expand(B, K), *map(number.expand, shapes))
 
 
 @pytest.mark.parametrize("name", ["indices", "vals", "bias", "target"])
@@ -103,16 +106,16 @@ def test_tensors_of_two_devices_are_named(loss, device, name):
         loss(*problem)
 
 
-def test_the_number_of_arguments_is_fixed(loss, device):
-    with pytest.raises(TypeError, match="missing 1 required positional argument: 'target'"):
-        loss(*make_problem(4, 3, 9, 33, device=device)[:-1])
+def sorted_problem(device, index_dtype=torch.int64):
+    problem = make_problem(4, 3, 9, 33, device=device, index_dtype=index_dtype)
+    return problem._replace(vals=problem.vals.sort(dim=1, descending=True).values)
 
 
 @pytest.mark.parametrize("index", [-1, 9, 2**31 - 1])
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=str)
 def test_the_first_index_out_of_range_is_named_on_request(loss, device, monkeypatch, index, index_dtype):
     monkeypatch.setenv("FLEX_SAE_CHECK_INDICES", "1")
-    problem = make_problem(4, 3, 9, 33, device=device, index_dtype=index_dtype)
+    problem = sorted_problem(device, index_dtype)
     loss(*problem)
     problem.indices[3, 0] = -7
     problem.indices[2, 1] = index
@@ -121,8 +124,32 @@ def test_the_first_index_out_of_range_is_named_on_request(loss, device, monkeypa
         loss(*problem)
 
 
-def test_indices_are_not_looked_at_unless_requested(loss, device, monkeypatch):
-    monkeypatch.setenv("FLEX_SAE_CHECK_INDICES", "0")
-    problem = make_problem(4, 3, 9, 33, device=device)
+@pytest.mark.parametrize("value", ["1", "true", "True", "YES", "0", "", "false", "no", None])
+def test_the_check_is_on_where_the_environment_says_so(loss, device, monkeypatch, value):
+    monkeypatch.delenv("FLEX_SAE_CHECK_INDICES", raising=False)
+    if value is not None:
+        monkeypatch.setenv("FLEX_SAE_CHECK_INDICES", value)
+    problem = sorted_problem(device)
     problem.indices[2, 1] = 9
-    assert loss(*problem).isnan()
+    with pytest.raises(IndexError) if value in ("1", "true", "True", "YES") else contextlib.nullcontext():
+        assert loss(*problem).isnan()
+
+
+# The order of a sample's features means something to the hierarchical losses alone.
+def test_vals_that_do_not_descend_are_warned_of_on_request(loss, device, monkeypatch):
+    monkeypatch.setenv("FLEX_SAE_CHECK_INDICES", "0")
+    problem = sorted_problem(device)
+    ascending = problem._replace(vals=problem.vals.flip(1))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        loss(*ascending)
+        monkeypatch.setenv("FLEX_SAE_CHECK_INDICES", "1")
+        loss(*problem)
+        assert not caught
+        loss(*ascending)
+    if "hierarchical" in loss.__name__:
+        (warning,) = caught
+        assert "vals do not descend" in str(warning.message)
+        assert warning.filename == __file__  # the line that called the loss
+    else:
+        assert not caught

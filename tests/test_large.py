@@ -3,7 +3,6 @@
 import pytest
 import torch
 from support import (
-    LOSSES,
     deterministic_algorithms,
     make_problem,
     needs_cuda,
@@ -51,13 +50,11 @@ def give_memory_back():
     torch.cuda.empty_cache()
 
 
-@pytest.mark.parametrize("kind", LOSSES)
-# Deterministic mode makes torch's own scatter sort, which it refuses beyond 2**31 elements.
 @pytest.mark.parametrize(
     "case, pattern, deterministic, dtype",
     [
         *((case, "uniform", False, dtype) for case in CASES for dtype in (torch.float32, torch.bfloat16)),
-        ("F * D > 2**31", "one_hot_feature", False, torch.float32),  # the copies lie behind all rows
+        ("F * D > 2**31", "one_hot_feature", False, torch.float32),  # the replicas lie behind all rows
         ("B * K > 2**31", "uniform", True, torch.float32),
         # Half of the pairs have one feature: in a sum of 2**30 numbers rounding alone may exceed the limit for float32.
         ("B * K > 2**31", "one_hot_feature", True, torch.bfloat16),

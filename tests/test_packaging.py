@@ -1,13 +1,10 @@
-"""The package as the Hub sees it: what a build holds, what a build refuses, and how builds load."""
+"""What a build holds, which sources it refuses, and how builds load."""
 
-import ast
 import os
 import re
-import runpy
 import shutil
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import build_local
@@ -15,7 +12,8 @@ import jinja2
 import kernels
 import pytest
 import torch
-from kernels._rust import Build, Digest, DigestAlgorithm, Metadata
+from kernels._rust import Digest, DigestAlgorithm, Metadata
+from support import make_problem
 
 ROOT = Path(__file__).resolve().parent.parent
 BACKENDS = ("cpu", "cuda", "rocm", "xpu")
@@ -24,7 +22,7 @@ INIT = "torch-ext/flex_sae/__init__.py"
 
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
-    """A copy of what a build reads, free to be edited; `build_local` builds from it."""
+    """A copy of everything that a build reads, from which `build_local` builds; tests edit it."""
     folder = tmp_path / "checkout"
     for name in ("scripts", "torch-ext"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -41,33 +39,8 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def ids(variants: list[Path]) -> list[str]:
-    return [Metadata.read_from_file(variant / "metadata.json").id for variant in variants]
-
-
-# An environment in which torch sees no GPU and nobody asks for the interpreter
-PLAIN_CPU = {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"}
-
-
-def run_python(code: str, **env: str) -> str:
-    """Run `code` in a Python of its own and return what it printed."""
-    ran = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], env={**os.environ, **env}, capture_output=True, text=True
-    )
-    assert ran.returncode == 0, ran.stderr
-    return ran.stdout
-
-
-def example_inputs(device: str) -> tuple[torch.Tensor, ...]:
-    generator = torch.Generator().manual_seed(0)
-    indices = torch.randint(7, (3, 2), generator=generator)
-    tensors = [torch.randn(shape, generator=generator) for shape in ((7, 5), (3, 2), (5,), (3, 5))]
-    return tuple(tensor.to(device) for tensor in (indices, *tensors))
-
-
-@pytest.mark.kernels_ci
-def test_build_toml_validates():
-    assert [str(backend) for backend in Build.open(ROOT).general.backends] == list(BACKENDS)
+def run_script(checkout: Path) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, checkout / "scripts/build_local.py"], capture_output=True, text=True)
 
 
 @pytest.mark.kernels_ci
@@ -83,16 +56,9 @@ def test_a_build_holds_every_variant_with_valid_metadata(checkout, tmp_path):
         metadata.digest.validate(Digest.hash_variant(DigestAlgorithm.SHA256, variant))
 
 
-def test_kernels_info_understands_a_build(checkout):
-    build_local.build(checkout / "build")
-    said = run_python(f"from kernels.cli import main; import sys; sys.argv[1:] = ['info', {str(checkout)!r}]; main()")
-    assert "Name: flex-sae\nVersion: 1\n" in said
-    assert "Backends: cpu, cuda, rocm, xpu\n" in said
-
-
 def test_same_content_gives_the_same_bytes(checkout, tmp_path):
     build_local.build(tmp_path / "one")
-    # Neither leftovers of a builder in the sources nor an older build in the way count as content.
+    # A generated file left in the sources and an older build do not count as content.
     (checkout / "torch-ext/flex_sae/_ops.py").write_text("stale")
     (tmp_path / "two/torch-cpu").mkdir(parents=True)
     (tmp_path / "two/torch-cpu/removed.py").write_text("stale")
@@ -100,21 +66,21 @@ def test_same_content_gives_the_same_bytes(checkout, tmp_path):
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 
-def test_what_is_already_there_is_left_alone(checkout, tmp_path):
-    variants = build_local.build(tmp_path / "build")
+def test_only_variants_that_differ_are_replaced(checkout, tmp_path):
+    variants = cpu, cuda, *_ = build_local.build(tmp_path / "build")
     before = [variant.stat().st_ino for variant in variants]
-    (variants[0] / "__pycache__").mkdir()
-    (variants[0] / "__pycache__/checks.cpython-311.pyc").touch()
-    (variants[1] / "checks.py").write_text("edited")
-    (tmp_path / "build/.staging-killed/torch-cpu").mkdir(parents=True)
+    (cpu / "__pycache__").mkdir()
+    (cpu / "__pycache__/checks.cpython-311.pyc").touch()
+    (cuda / "__init__.py").write_text("edited")
+    (tmp_path / "build/.staging/torch-cpu").mkdir(parents=True)  # as a build that was killed leaves it
+    (tmp_path / "build/notes.txt").touch()
     assert build_local.build(tmp_path / "build") == variants
-    assert [variant.stat().st_ino == inode for variant, inode in zip(variants, before, strict=True)] == [
-        True, False, True, True,
-    ]  # fmt: skip
-    assert sorted((tmp_path / "build").iterdir()) == sorted(variants)
+    replaced = [variant for variant, inode in zip(variants, before, strict=True) if variant.stat().st_ino != inode]
+    assert replaced == [cuda]
+    assert {path.name for path in (tmp_path / "build").iterdir()} == {"notes.txt", *(path.name for path in variants)}
 
 
-def test_builds_wait_for_each_other(checkout):
+def test_parallel_builds_do_not_disturb_each_other(checkout):
     command = [sys.executable, checkout / "scripts/build_local.py"]
     for change in range(3):
         append(checkout / INIT, f"# change {change}\n")
@@ -125,34 +91,36 @@ def test_builds_wait_for_each_other(checkout):
 
 
 @pytest.mark.parametrize("file", [INIT, "torch-ext/flex_sae/NOTICE.txt", "build.toml"])
-def test_changed_content_changes_every_id(checkout, tmp_path, file):
-    before = ids(build_local.build(tmp_path / "build"))
+def test_a_change_of_any_file_changes_every_id(checkout, tmp_path, file):
+    before = build_local.build(tmp_path / "before")
     append(checkout / file, "\n# changed\n")
-    after = ids(build_local.build(tmp_path / "build"))
-    assert len(set(before + after)) == 2 * len(BACKENDS)
+    variants = before + build_local.build(tmp_path / "after")
+    ids = {Metadata.read_from_file(variant / "metadata.json").id for variant in variants}
+    assert len(ids) == len(variants) == 2 * len(BACKENDS)
 
 
 @pytest.mark.parametrize("name", ["link.txt", ".hidden.py", ".ipynb_checkpoints/copy.py", "flex_sae/__init__.py"])
-def test_what_is_no_part_of_the_package_is_refused(checkout, tmp_path, name):
+def test_links_hidden_files_and_nested_packages_are_refused(checkout, tmp_path, name):
     stray = checkout / "torch-ext/flex_sae" / name
     stray.parent.mkdir(exist_ok=True)
     stray.symlink_to("/etc/hostname") if name == "link.txt" else stray.touch()
-    with pytest.raises(build_local.BuildError, match=f"torch-ext/flex_sae/{name.partition('/')[0]}: a link, a hidden"):
+    with pytest.raises(build_local.BuildError, match=f"flex_sae/{name.partition('/')[0]}: links, hidden files and"):
         build_local.build(tmp_path / "build")
 
 
-def test_a_bad_build_toml_is_refused(checkout, tmp_path):
-    append(checkout / "build.toml", '\n[torch]\nsrc = ["extension.cpp"]\nuniversal = true\n')
-    with pytest.raises(build_local.BuildError, match=r"Cannot parse TOML.*build\.toml: Unknown field universal"):
+@pytest.mark.parametrize(
+    ("section", "line", "message"),
+    [
+        ("[torch-noarch]", "universal = true", r"Cannot parse TOML.*build\.toml: Unknown field universal"),
+        ("[general]", 'python-depends = ["triton"]', r"python-depends must be empty, .* got \['triton'\]"),
+    ],
+)
+def test_an_invalid_build_toml_is_refused(checkout, tmp_path, section, line, message):
+    toml = checkout / "build.toml"
+    toml.write_text(toml.read_text().replace(section, f"{section}\n{line}"))
+    with pytest.raises(build_local.BuildError, match=message):
         build_local.build(tmp_path / "build")
     assert not (tmp_path / "build").exists()
-
-
-def test_python_depends_is_refused(checkout, tmp_path):
-    toml = (checkout / "build.toml").read_text()
-    (checkout / "build.toml").write_text(toml.replace("edition", 'python-depends = ["triton"]\nedition'))
-    with pytest.raises(build_local.BuildError, match=r"python-depends must be empty, .* got \['triton'\]"):
-        build_local.build(tmp_path / "build")
 
 
 @pytest.mark.parametrize(
@@ -182,49 +150,36 @@ def test_a_source_that_breaks_a_rule_of_the_hub_is_refused(checkout, tmp_path, c
     assert not (tmp_path / "build").exists()
 
 
-@pytest.mark.parametrize(
-    "code",
-    [
-        "import torch.nn.functional, collections.abc",
-        "from . import checks",
-        "@f.register_fake\ndef g(): ...",
-        "torch.library.define(add_op_namespace_prefix('f'), '() -> ()')",
-    ],
-)
-def test_a_source_within_the_rules_is_accepted(checkout, tmp_path, code):
-    append(checkout / INIT, f"{code}\n")
+def test_a_source_within_the_rules_is_accepted(checkout, tmp_path):
+    append(checkout / INIT, "import torch.nn.functional, collections.abc\nfrom . import checks\n")
+    append(
+        checkout / INIT,
+        "torch.library.define(add_op_namespace_prefix('f'), '() -> ()')\n@f.register_fake\ndef g(): ...",
+    )
     assert build_local.build(tmp_path / "build")
 
 
-def test_the_script_prints_the_paths(checkout):
-    ran = subprocess.run([sys.executable, checkout / "scripts/build_local.py"], capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
+def test_the_script_prints_the_paths_or_fails_with_one_line(checkout):
+    ran = run_script(checkout)
+    assert (ran.returncode, ran.stderr) == (0, "")
     assert ran.stdout.split() == [str(checkout / f"build/torch-{backend}") for backend in BACKENDS]
-
-
-def test_the_script_fails_with_one_line(checkout):
-    append(checkout / INIT, "import numpy\n")
-    ran = subprocess.run([sys.executable, checkout / "scripts/build_local.py"], capture_output=True, text=True)
-    assert ran.returncode == 1
-    assert re.fullmatch(rf"error: {INIT}:\d+: forbidden import of `numpy`: .*\n", ran.stderr)
-    assert not ran.stdout
-    assert not (checkout / "build").exists()
-
-
-def test_a_folder_that_cannot_be_written_to_is_named(checkout):
+    shutil.rmtree(checkout / "build")
     (checkout / "build").touch()
-    ran = subprocess.run([sys.executable, checkout / "scripts/build_local.py"], capture_output=True, text=True)
-    assert ran.returncode == 1
-    assert re.fullmatch(r"error: .*build'\n", ran.stderr)
+    unwritable = run_script(checkout)
+    append(checkout / INIT, "import numpy\n")
+    forbidden = run_script(checkout)
+    assert (unwritable.returncode, unwritable.stdout) == (forbidden.returncode, forbidden.stdout) == (1, "")
+    assert re.fullmatch(r"error: .*build'\n", unwritable.stderr)
+    assert re.fullmatch(rf"error: {INIT}:\d+: forbidden import of `numpy`: .*\n", forbidden.stderr)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_variant_loads_and_runs(checkout, backend, device):
     build_local.build(checkout / "build")
-    # Naming the folder of a variant loads it whatever torch was compiled for; the code is the same in all of them.
+    # The path of a variant loads it whatever backend torch was built for.
     flex = kernels.get_local_kernel(checkout / "build" / f"torch-{backend}")
     assert flex.__name__.startswith(f"_flex_sae_{backend}_")
-    inputs = example_inputs(device)
+    inputs = make_problem(3, 2, 7, 5, device=device)
     torch.testing.assert_close(flex.triton_topk_sae_loss(*inputs), flex.topk_sae_loss(*inputs))
 
 
@@ -233,7 +188,7 @@ def test_two_builds_load_side_by_side(flex, checkout, device):
     build_local.build(checkout / "build")
     other = kernels.get_local_kernel(checkout)
     assert other.__name__ != flex.__name__
-    inputs = example_inputs(device)
+    inputs = make_problem(3, 2, 7, 5, device=device)
     for name in ("triton_topk_sae_loss", "triton_hierarchical_sae_loss"):
         assert getattr(other, name) is not getattr(flex, name)
         assert getattr(other, name).__module__.startswith(other.__name__)
@@ -242,26 +197,12 @@ def test_two_builds_load_side_by_side(flex, checkout, device):
 
 def test_importing_needs_no_gpu_and_no_driver(checkout):
     build_local.build(checkout / "build")
-    run_python(
-        f"""
-        from pathlib import Path
-        import torch
-        from kernels import get_local_kernel
-        assert get_local_kernel(Path({str(checkout)!r})).triton_topk_sae_loss
-        assert not torch.cuda.is_initialized()
-        """,
-        **PLAIN_CPU,
+    code = (
+        "import sys, pathlib, kernels, torch; kernels.get_local_kernel(pathlib.Path(sys.argv[1]));"
+        "assert not torch.cuda.is_initialized()"
     )
-
-
-def test_the_public_interface_is_a_literal_list(flex):
-    public = [
-        ast.literal_eval(node.value)
-        for node in ast.parse((ROOT / INIT).read_text()).body
-        if isinstance(node, ast.Assign) and node.targets[0].id == "__all__"
-    ]
-    assert public == [flex.__all__]
-    assert all(callable(getattr(flex, name)) for name in flex.__all__)
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"}
+    subprocess.run([sys.executable, "-c", code, checkout], env=env, check=True)
 
 
 @pytest.mark.parametrize("name, said", [("NOTICE", "2505.24473"), ("LICENSE", "Version 2.0, January 2004")])
@@ -273,47 +214,10 @@ def test_notice_and_licence_ship_with_the_package(name, said):
 
 @pytest.mark.parametrize("filled", [True, False])
 def test_the_card_renders(filled):
-    # The variables that kernel-builder fills in; StrictUndefined refuses any other.
-    variables = {
-        "repo_id": "t-tech/flex-sae",
-        "version": 1,
-        "license": "Apache-2.0",
-        "functions": ["triton_topk_sae_loss"] if filled else [],
-        "layers": ["Layer"] if filled else [],
-        "has_benchmark": filled,
-    }
+    # All that kernel-builder fills in; StrictUndefined raises for any other variable.
+    variables = {"repo_id": "t-tech/flex-sae", "version": 1, "license": "Apache-2.0", "has_benchmark": filled}
+    variables |= {"functions": ["triton_topk_sae_loss"] * filled, "layers": ["Layer"] * filled}
     card = jinja2.Template((ROOT / "CARD.md").read_text(), undefined=jinja2.StrictUndefined).render(variables)
     assert card.startswith("---\nlibrary_name: kernels\nlicense: apache-2.0\n")
-    assert 'get_kernel("t-tech/flex-sae", version=1, trust_remote_code=True)' in card
-    assert ("- `triton_topk_sae_loss`" in card) == ("- `Layer`" in card) == ("kernels benchmark" in card) == filled
-
-
-def python_blocks(markdown: str) -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```", markdown, re.MULTILINE | re.DOTALL)
-
-
-@pytest.mark.parametrize("where", [{}, PLAIN_CPU], ids=["here", "plain CPU"])
-@pytest.mark.parametrize("block", python_blocks((ROOT / "README.md").read_text()))
-def test_the_readme_runs_as_written(flex, block, where):
-    run_python(block, **where)  # with the LOCAL_KERNELS that `flex` has set
-
-
-def test_the_readme_shows_python():
-    assert python_blocks((ROOT / "README.md").read_text())
-
-
-def test_the_tables_of_readme_are_those_of_the_results(tmp_path):
-    readme = shutil.copy(ROOT / "README.md", tmp_path)
-    subprocess.run([sys.executable, ROOT / "benchmarks/table.py", "--readme", readme], check=True)
-    assert Path(readme).read_text() == (ROOT / "README.md").read_text()
-
-
-@pytest.mark.parametrize("name", ["TopKBenchmark", "HierarchicalBenchmark"])
-def test_the_benchmark_of_the_hub_verifies(flex, device, name):
-    # As `kernels benchmark` does, with its tolerance
-    benchmark = runpy.run_path(ROOT / "benchmarks/benchmark.py")[name]()
-    benchmark.kernel, benchmark.device = flex, device
-    benchmark.setup()
-    for workload in ("loss", "step"):
-        getattr(benchmark, f"benchmark_{workload}")()
-        assert torch.allclose(benchmark.out, getattr(benchmark, f"verify_{workload}")(), atol=1e-2)
+    assert 'get_kernel("t-tech/flex-sae", version=1, trust_remote_code=["t-tech/flex-sae"])' in card
+    assert all((text in card) == filled for text in ("- `triton_topk_sae_loss`", "- `Layer`", "kernels benchmark"))

@@ -1,0 +1,89 @@
+"""What is measured: a suite is a list of cases, a case is one loss at one shape in one mode."""
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Shape:
+    B: int  # samples
+    K: int  # active features a sample
+    F: int  # dictionary features
+    D: int  # model width
+    dtype: str = "float32"
+    distribution: str = "uniform"  # of the indices, or "zipf"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One loss at one shape, computed by the package, by the baselines and by the peers named here. The modes:
+
+    step           the loss and its gradients for weight, vals and bias
+    adam           step, then torch.optim.Adam over weight and bias
+    deterministic  step under torch.use_deterministic_algorithms(True)
+    one thread     step under torch.autograd.set_multithreading_enabled(False)
+    graph          the replay of a CUDA graph of step
+    """
+
+    shape: Shape
+    loss: str
+    mode: str = "step"
+    peers: tuple[str, ...] = ()
+
+
+PEERS = {
+    "topk": ("torch eager", "torch.compile", "embedding_bag", "dense"),
+    "hierarchical": ("torch eager", "torch.compile"),
+}
+LOSSES = tuple(PEERS)
+
+
+def decoder_step() -> list[Case]:
+    """Time and peak memory of a decoder step with Adam, against torch.compile of the references."""
+    return [
+        Case(Shape(8192, K, 65536, 2304, dtype), loss, "adam", ("torch.compile",))
+        for dtype in ("float32", "bfloat16")
+        for K in (32, 64, 128)
+        for loss in LOSSES
+    ]
+
+
+def losses() -> list[Case]:
+    """Loss and gradients at sizes that people train at, against every other way to compute them at the middle one."""
+    cases = []
+    for K in (32, 128):
+        shape = Shape(4096, K, 65536, 2304)
+        cases += [Case(shape, loss, "step", PEERS[loss]) for loss in LOSSES]
+        cases += [Case(shape, loss, "deterministic") for loss in LOSSES]
+        for other in (replace(shape, distribution="zipf"), replace(shape, dtype="bfloat16")):
+            cases += [Case(other, loss) for loss in LOSSES]
+    for shape in (Shape(4096, 32, 24576, 768), Shape(4096, 64, 131072, 4096)):
+        cases += [Case(shape, loss, mode) for mode in ("step", "deterministic") for loss in LOSSES]
+    return cases
+
+
+def sizes() -> list[Case]:
+    """One axis at a time around a base point; sizes that are a multiple of nothing among them."""
+    base = Shape(4096, 64, 65536, 2304)
+    axes = {
+        "B": (256, 1000, 16384),
+        "K": (8, 50, 256),
+        "F": (16384, 262144),
+        "D": (384, 1000, 1023, 8192),
+    }
+    shapes = [base] + [replace(base, **{axis: size}) for axis, values in axes.items() for size in values]
+    return [Case(shape, loss) for shape in shapes for loss in LOSSES]
+
+
+def small() -> list[Case]:
+    """A step that the device finishes before the host has launched it."""
+    shape = Shape(256, 32, 16384, 768)
+    return [Case(shape, loss, mode, PEERS[loss]) for mode in ("step", "one thread", "graph") for loss in LOSSES]
+
+
+SUITES = {suite.__name__: suite for suite in (decoder_step, losses, sizes, small)}
+
+
+def quick(case: Case) -> Case:
+    """The same case at a size that only shows that it runs."""
+    shape = case.shape
+    return replace(case, shape=replace(shape, B=max(64, shape.B // 16), F=shape.F // 16, D=max(64, shape.D // 4)))

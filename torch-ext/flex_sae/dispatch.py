@@ -1,0 +1,41 @@
+"""Where a call runs, in which dtype it computes, and what autograd may ask of it."""
+
+import contextlib
+
+import torch
+import triton
+
+# triton.jit decides at import whether kernels are compiled or interpreted, so this is read at import too.
+INTERPRETED = triton.knobs.runtime.interpret
+
+
+def runs_triton(indices: torch.Tensor) -> bool:
+    """True on a GPU or in Triton's interpreter. Everything else, and an empty batch, goes to the torch references."""
+    return (INTERPRETED or indices.is_cuda or indices.is_xpu) and indices.numel() > 0
+
+
+def needs_gradients(*tensors: torch.Tensor) -> bool:
+    """Whether autograd records a call with these tensors. Inference mode records nothing, even where gradients are
+    enabled in it. (torch.compile cannot trace this query.)"""
+    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+        return False
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
+    """The dtype of all sums: float64 if any of the tensors is float64, else float32."""
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+
+
+def device_of(tensor: torch.Tensor):
+    """A context in which launches go to the tensor's device, which need not be the current one."""
+    if tensor.device.type == "cpu":
+        return contextlib.nullcontext()
+    return getattr(torch, tensor.device.type).device(tensor.get_device())
+
+
+def refuse_second_derivative(name: str) -> None:
+    """Raise where autograd asks a backward pass for a graph of its own. (`once_differentiable` would silently drop the
+    second derivative of a gradient penalty, where ``grad_out`` is a constant.)"""
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"{name} has no second derivative: call backward or grad without create_graph=True")

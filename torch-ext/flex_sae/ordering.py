@@ -1,0 +1,115 @@
+"""The (sample, step) pairs of a batch, ordered by feature."""
+
+from typing import NamedTuple, Optional
+
+import torch
+import triton
+import triton.language as tl
+
+from .launch import cached_launch
+from .tiles import cdiv
+
+# Pairs of a program, four warps. On an H200 (B=4096, K=128) 256 take 7 us, 1024 take 10.
+_BLOCK_P = 256
+# Up to this many features the sort takes 16-bit keys, half the passes of 32 bits: a TopK step of D=768, F=24576 is 10%
+# shorter.
+_MAX_SHORT_KEYS = tl.constexpr(2**16)
+
+
+class OrderedPairs(NamedTuple):
+    """P = B * K pairs ordered by feature, those of one feature by their place in ``indices.flatten()``."""
+
+    order: torch.Tensor  # [P] int64, places in indices.flatten()
+    features: torch.Tensor  # [P] int32
+    coefs: torch.Tensor  # [P], vals, times the scales of their samples if there are any
+    samples: Optional[torch.Tensor]  # [P] int32
+    slots: Optional[torch.Tensor]  # [B, K] int32, the inverse of order
+    segments: torch.Tensor  # [F, 2] int32, where a feature's pairs start and end; zeros if it has none
+
+
+@cached_launch
+@triton.jit(do_not_specialize=["P", "F"])
+def _gather_pairs_kernel(
+    features_ptr,  # [P]
+    coefs_ptr,  # [P]
+    samples_ptr,  # [P], or None
+    slots_ptr,  # [B * K], or None
+    segments_ptr,  # [F, 2], zeros
+    order_ptr,  # [P]
+    indices_ptr,  # [B * K]
+    vals_ptr,  # [B * K]
+    row_scales_ptr,  # [B], or None
+    P,
+    K,
+    F,
+    BLOCK_P: tl.constexpr,
+):
+    p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    exists = p < P
+    pair = tl.load(order_ptr + p, mask=exists, other=0)
+    feature = _load_feature(indices_ptr, pair, exists, F)
+    tl.store(features_ptr + p, feature, mask=exists)
+    coef = tl.load(vals_ptr + pair, mask=exists, other=0.0).to(coefs_ptr.dtype.element_ty)
+    if row_scales_ptr is not None:
+        coef *= tl.load(row_scales_ptr + pair // K, mask=exists, other=0.0)
+    tl.store(coefs_ptr + p, coef, mask=exists)
+    if samples_ptr is not None:
+        tl.store(samples_ptr + p, pair // K, mask=exists)
+    if slots_ptr is not None:
+        tl.store(slots_ptr + pair, p, mask=exists)
+    # Where one feature's pairs end and the next one's start
+    has_next = p + 1 < P
+    next_pair = tl.load(order_ptr + p + 1, mask=has_next, other=0)
+    next_feature = _load_feature(indices_ptr, next_pair, has_next, F)
+    is_last = exists & ((feature != next_feature) | ~has_next)
+    tl.store(segments_ptr + 2 * feature.to(tl.int64) + 1, p + 1, mask=is_last)
+    tl.store(segments_ptr + 2 * next_feature.to(tl.int64), p + 1, mask=is_last & has_next)
+
+
+@triton.jit
+def _load_feature(indices_ptr, pair, exists, F):
+    """The feature that a pair was sorted by. An index out of range wraps or is clamped into range."""
+    index = tl.load(indices_ptr + pair, mask=exists, other=0)
+    feature = tl.where(F <= _MAX_SHORT_KEYS, index & 0xFFFF, index).to(tl.int32)
+    return tl.minimum(tl.maximum(feature, 0), F - 1)
+
+
+def order_pairs(
+    indices: torch.Tensor,  # [B, K], contiguous
+    vals: torch.Tensor,  # [B, K], contiguous
+    F: int,
+    dtype: torch.dtype,
+    row_scales: Optional[torch.Tensor] = None,  # [B]
+    with_slots: bool = False,
+) -> OrderedPairs:
+    """The pairs ordered by feature, with coefficients in ``dtype``, and with their samples or with slots."""
+    K, P = indices.shape[1], indices.numel()
+    # `out` narrows without an int64 temporary. Truncated keys sort as the results of _load_feature do.
+    short = _MAX_SHORT_KEYS.value >= F
+    keys = indices.new_empty(P, dtype=torch.int16 if short else torch.int32)
+    torch.sub(indices.view(P), 2**15 if short else 0, out=keys)
+    order = torch.sort(keys, stable=True).indices
+    pairs = OrderedPairs(
+        order=order,
+        features=indices.new_empty(P, dtype=torch.int32),
+        coefs=vals.new_empty(P, dtype=dtype),
+        samples=None if with_slots else indices.new_empty(P, dtype=torch.int32),
+        slots=indices.new_empty(indices.shape, dtype=torch.int32) if with_slots else None,
+        segments=indices.new_zeros(F, 2, dtype=torch.int32),
+    )
+    _gather_pairs_kernel[(cdiv(P, _BLOCK_P),)](
+        pairs.features,
+        pairs.coefs,
+        pairs.samples,
+        pairs.slots,
+        pairs.segments,
+        order,
+        indices,
+        vals,
+        row_scales,
+        P,
+        K,
+        F,
+        BLOCK_P=_BLOCK_P,
+    )
+    return pairs
