@@ -81,8 +81,10 @@ def implementations(case: Case, package: ModuleType, baselines: dict[str, Module
         "embedding_bag": embedding_bag_loss,
         "dense": dense_loss,
     }
+    # A baseline need not know deterministic mode.
+    others = {} if case.mode == "deterministic" else baselines
     return {
         "flex_sae": getattr(package, name),
-        **{label: getattr(module, name) for label, module in baselines.items() if hasattr(module, name)},
+        **{label: getattr(module, name) for label, module in others.items() if hasattr(module, name)},
         **{peer: peers[peer] for peer in case.peers},
     }

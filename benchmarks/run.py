@@ -57,7 +57,7 @@ def prepare(case: Case, inputs: Inputs, function, truths: list[dict], optimizer)
         return inputs.step(function, i)
 
     def step_with_optimizer(i):
-        results = step(i)
+        results = inputs.step(function, i)
         optimizer.step()
         return results
 

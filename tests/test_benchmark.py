@@ -37,7 +37,7 @@ def row_of(case, function):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("mode", ["step", "deterministic", "one thread"])
+@pytest.mark.parametrize("mode", ["step", "adam", "deterministic", "one thread"])
 @pytest.mark.parametrize("loss", cases.LOSSES)
 def test_what_is_right_is_timed(flex, loss, mode, dtype):
     case = cases.Case(cases.Shape(24, 4, 32, 16, dtype, "zipf"), loss, mode)
