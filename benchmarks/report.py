@@ -73,6 +73,20 @@ def decoder_step(results: list[dict]) -> str:
     )
 
 
+def headline(results: list[dict]) -> str:
+    """One sentence, of the hierarchical loss in float32 at the largest K."""
+    chosen = [r for r in results if (r["loss"], r["dtype"]) == ("hierarchical", "float32")]
+    ours, compiled = (
+        max((r for r in chosen if r["row"] == row), key=lambda r: r["K"]) for row in ("flex_sae", "torch.compile")
+    )
+    figures = [cell(r, lambda r: f"{milliseconds(r['ms'])} and {r['total_gib']:.1f} GiB") for r in (ours, compiled)]
+    shape = " ".join(f"{axis}={ours[axis]}" for axis in "BKFD")
+    return (
+        f"A HierarchicalTopK decoder step (loss, gradients, Adam) of {shape} in float32\n"
+        f"takes {figures[0]}, and {figures[1]} with torch.compile."
+    )
+
+
 def case_of(record: dict) -> tuple:
     return tuple(record[key] for key in (*"BKFD", "dtype", "distribution", "loss", "mode"))
 
@@ -107,8 +121,8 @@ def memory(results: list[dict]) -> str:
     )
 
 
-TABLES = {table.__name__: table for table in (decoder_step, losses, sizes, small, memory)}
-SUITES = {"memory": "losses"}  # of the tables whose suite has another name
+TABLES = {table.__name__: table for table in (headline, decoder_step, losses, sizes, small, memory)}
+SUITES = {"headline": "decoder_step", "memory": "losses"}  # of the tables whose suite has another name
 
 
 class Results:
@@ -138,6 +152,8 @@ class Results:
         if name not in TABLES:
             raise ReportError(f"There is no table {name}; there are {', '.join(TABLES)}.")
         about, lines = self.suite(SUITES.get(name, name))
+        if name == "headline":  # the table of the same results says where it comes from
+            return headline(lines)
         source = "<sub>`{command}` on {gpu}, torch {torch}, triton {triton}, commit {commit}</sub>".format(**about)
         return f"{TABLES[name](lines)}\n\n{source}"
 

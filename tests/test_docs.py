@@ -54,3 +54,9 @@ def test_readme_stays_short():
     assert len(README.split()) <= 1300
     assert README.count("![") == 1
     assert len(re.findall(r"^\| ?-", README, re.MULTILINE)) <= 3
+
+
+def test_tables_are_those_of_the_results():
+    command = [sys.executable, ROOT / "benchmarks" / "report.py", "--check"]
+    checked = subprocess.run(command, capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stderr
