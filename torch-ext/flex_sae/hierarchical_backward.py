@@ -158,7 +158,7 @@ def _hierarchical_scratch_kernel(
         pair = b * K + steps
         if vals_sums_ptr is not None:
             vals_sums_ptrs = vals_sums_ptr + tile.to(tl.int64) * B * K + pair
-            dots_before = tl.load(vals_sums_ptrs, mask=exists & (first_tile > 0), other=0.0)
+            dots_before = tl.load(vals_sums_ptrs, mask=tl.where(first_tile > 0, exists, False), other=0.0)
         # Prefetch the next pairs.
         next_feature, next_val, next_valid = load_pairs(indices_ptr, vals_ptr, b, steps - BLOCK_K, K, F, dtype)
 

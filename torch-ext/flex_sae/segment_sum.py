@@ -30,9 +30,10 @@ _MIN_CHUNK = 128
 # Chunks at most, so that partial sums take at most [2 * _MAX_CHUNKS, D] whatever B and K are. At K=128 it takes 1.34,
 # 1.19, 1.14 ms with 512, 1024, 2048 for Zipf(1) indices; 1.23 for uniform ones.
 _MAX_CHUNKS = 2048
-# Partial sums and columns that a program, four warps, adds at a time. Most programs find no heavy feature.
+# Partial sums and columns that a program, four warps, adds at a time. Most programs find no heavy feature: on an H100
+# (B=4096, K=128, D=2304, uniform) they take 5 us, and 12 with 256 columns and one warp.
 _REDUCE_BLOCK_C, _REDUCE_BLOCK_D = 4, 1024
-# Pairs of a program, four warps, that adds up dot products.
+# Pairs of a program, four warps, that adds up dot products. There 128 take 13 us, 256 take 15.
 _DOTS_BLOCK_P = 128
 # Arguments that must not compile a kernel again: what another B or F changes, and the first tile
 _SIZES = ("P", "F", "chunk", "chunks", "first_tile")
