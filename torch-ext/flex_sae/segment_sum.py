@@ -30,9 +30,9 @@ _MIN_CHUNK = 128
 # Chunks at most, so that partial sums take at most [2 * _MAX_CHUNKS, D] whatever B and K are. At K=128 it takes 1.34,
 # 1.19, 1.14 ms with 512, 1024, 2048 for Zipf(1) indices; 1.23 for uniform ones.
 _MAX_CHUNKS = 2048
-# Partial sums and columns that a program, four warps, adds at a time. Most programs find no heavy feature: on an H100
-# (B=4096, K=128, D=2304, uniform) they take 5 us, and 12 with 256 columns and one warp.
-_REDUCE_BLOCK_C, _REDUCE_BLOCK_D = 4, 1024
+# Partial sums, and bytes of a row of them, that a program, four warps, adds at a time. Most programs find no heavy
+# feature: on an H100 (B=4096, K=128, D=2304, uniform) they take 5 us, and 12 with 256 columns and one warp.
+_REDUCE_BLOCK_C, _REDUCE_ROW_BYTES = 4, 4096
 # Pairs of a program, four warps, that adds up dot products. There 128 take 13 us, 256 take 15.
 _DOTS_BLOCK_P = 128
 # Arguments that must not compile a kernel again: what another B or F changes, and the first tile
@@ -302,7 +302,7 @@ class SegmentSum:
         pairs, scale, D = self._pairs, self._scale, self._D
         P = pairs.order.numel()
         if self._out is not None:
-            block_d = min(_REDUCE_BLOCK_D, next_power_of_2(D))
+            block_d = min(_REDUCE_ROW_BYTES // scale.itemsize, next_power_of_2(D))
             _reduce_partials_kernel[(self._chunks, cdiv(D, block_d))](
                 self._out,
                 self._partials,
