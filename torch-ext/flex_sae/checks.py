@@ -1,7 +1,8 @@
-"""What the losses accept. Every mistake is named before anything is launched."""
+"""What the functions accept. Every mistake is named before anything is launched."""
 
 import os
 import warnings
+from typing import Optional
 
 import torch
 
@@ -28,24 +29,97 @@ def check_inputs(
     where their order matters (``ordered``).
     """
     tensors = {"indices": indices, "weight": weight, "vals": vals, "bias": bias, "target": target}
+    _check_tensors(tensors, "pass its .weight.t()")
+    _check_shapes(**tensors)
+    if _checks_values():
+        _check_indices(indices, len(weight))
+        if ordered and (vals[:, 1:] > vals[:, :-1]).any():
+            warnings.warn(
+                "vals do not descend along their rows: the hierarchical loss takes column 0 for the most important "
+                "feature, the order of torch.topk(..., sorted=True)",
+                stacklevel=3,
+            )
+
+
+def check_encode_inputs(
+    x: torch.Tensor,  # [B, D]
+    weight: torch.Tensor,  # [F, D]
+    bias: Optional[torch.Tensor],  # [F]
+    k: int,
+) -> None:
+    """Raise TypeError or ValueError, naming the argument, unless the arguments of the encoder fit together."""
+    _check_encoder(x, weight, bias)
+    F = len(weight)
+    if not isinstance(k, int):
+        raise TypeError(f"k must be an int, got {type(k).__name__}")
+    if not 1 <= k <= F:
+        raise ValueError(f"k must be in [1, F] = [1, {F}], got {k}")
+    _check_sizes("B * k", len(x) * k, B=len(x), k=k, F=F, D=x.shape[1])
+
+
+def check_sparse_encode_inputs(
+    x: torch.Tensor,  # [B, D]
+    weight: torch.Tensor,  # [F, D]
+    bias: Optional[torch.Tensor],  # [F]
+    indices: torch.Tensor,  # [B, K], or [P]
+    offsets: Optional[torch.Tensor],  # [B + 1]
+) -> None:
+    """Raise TypeError or ValueError, naming the argument, unless the arguments of the sparse encoder fit together, and
+    with ``FLEX_SAE_CHECK_INDICES=1`` IndexError where an index or offset is out of range."""
+    _check_encoder(x, weight, bias)
+    B = len(x)
+    integers = {"indices": indices} if offsets is None else {"indices": indices, "offsets": offsets}
+    _check_tensors({"weight": weight, **integers})
+    if offsets is None:
+        if indices.dim() != 2 or len(indices) != B:
+            hint = ": flatten leading dimensions" if indices.dim() > 2 else ""
+            raise ValueError(f"indices must have shape [B, K] = ({B}, K), got {tuple(indices.shape)}{hint}")
+    elif indices.dim() != 1:
+        raise ValueError(f"indices must have shape [P] where there are offsets, got {tuple(indices.shape)}")
+    elif offsets.shape != (B + 1,):
+        raise ValueError(f"offsets must have shape [B + 1] = {(B + 1,)}, got {tuple(offsets.shape)}")
+    pairs = {"P": len(indices)} if indices.dim() == 1 else {"K": indices.shape[1]}
+    name = "P" if indices.dim() == 1 else "B * K"
+    _check_sizes(name, indices.numel(), B=B, **pairs, F=len(weight), D=x.shape[1])
+    if _checks_values():
+        _check_offsets(indices, offsets)
+        _check_indices(indices if offsets is None else indices[offsets[0] : offsets[-1]], len(weight))
+
+
+def _check_encoder(x, weight, bias):
+    """x, weight and bias."""
+    tensors = {"x": x, "weight": weight}
+    _check_tensors(tensors if bias is None else {**tensors, "bias": bias}, "pass its .weight")
+    if weight.dim() != 2 or weight.numel() == 0:
+        raise ValueError(f"weight must have shape [F, D] with F >= 1 and D >= 1, got {tuple(weight.shape)}")
+    F, D = weight.shape
+    if x.dim() != 2 or x.shape[1] != D:
+        hint = ": flatten leading dimensions" if x.dim() > 2 else ""
+        if x.dim() == 2 and x.shape[1] == F:
+            hint = f", and weight {(F, D)}: pass weight.t()"
+        raise ValueError(f"x must have shape [B, D] = (B, {D}), got {tuple(x.shape)}{hint}")
+    if bias is not None and bias.shape != (F,):
+        raise ValueError(f"bias must have shape [F] = {(F,)}, got {tuple(bias.shape)}")
+
+
+def _check_tensors(tensors, hint=""):
+    """Type, device, layout and dtype. ``hint`` is for a Linear in place of its weight."""
     for name, tensor in tensors.items():
         if not isinstance(tensor, torch.Tensor):
-            hint = "; pass its .weight.t()" if name == "weight" and isinstance(tensor, torch.nn.Linear) else ""
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}{hint}")
+            advice = f"; {hint}" if hint and name == "weight" and isinstance(tensor, torch.nn.Linear) else ""
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}{advice}")
+    device = tensors["weight"].device
     for name, tensor in tensors.items():
-        if tensor.device != weight.device:
-            raise ValueError(f"{name} must be on the device of weight, {weight.device}, got {tensor.device}")
+        if tensor.device != device:
+            raise ValueError(f"{name} must be on the device of weight, {device}, got {tensor.device}")
         if tensor.layout != torch.strided or tensor.is_nested:
             layout = "a nested tensor" if tensor.is_nested else tensor.layout
             raise TypeError(f"{name} must be dense (torch.strided), got {layout}")
-        if name == "indices":
+        if name in ("indices", "offsets"):
             if tensor.dtype not in (torch.int32, torch.int64):
-                raise TypeError(f"indices must be int32 or int64, got {tensor.dtype}")
+                raise TypeError(f"{name} must be int32 or int64, got {tensor.dtype}")
         elif tensor.dtype not in _FLOATS:
             raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}")
-    _check_shapes(**tensors)
-    if os.environ.get("FLEX_SAE_CHECK_INDICES", "").lower() in ("1", "true", "yes"):
-        _check_values(indices, vals, len(weight), ordered)
 
 
 def _check_shapes(indices, weight, vals, bias, target):
@@ -68,22 +142,31 @@ def _check_shapes(indices, weight, vals, bias, target):
         if tensor.shape != shape:
             hint = ": flatten leading dimensions" if tensor.dim() > 2 else ""
             raise ValueError(f"{name} must have shape {dims} = {shape}, got {tuple(tensor.shape)}{hint}")
+    _check_sizes("B * K", B * K, B=B, K=K, F=F, D=D)
+
+
+def _check_sizes(name, pairs, **sizes):
+    """``name`` is what ``pairs`` are."""
+    B, F, D = (sizes[axis] for axis in "BFD")
     tiles = -(-D // 32)
-    if max(B * K, B * tiles, F * tiles) > _MAX_PROGRAMS or D > _MAX_D:
+    if max(pairs, B * tiles, F * tiles) > _MAX_PROGRAMS or D > _MAX_D:
         raise ValueError(
-            "sizes must satisfy B * K, B * ceil(D / 32), F * ceil(D / 32) <= 2**31 - 2**21 and D <= 2**20, "
-            f"got B={B}, K={K}, F={F}, D={D}"
+            f"sizes must satisfy {name}, B * ceil(D / 32), F * ceil(D / 32) <= 2**31 - 2**21 and D <= 2**20, "
+            f"got {', '.join(f'{axis}={size}' for axis, size in sizes.items())}"
         )
 
 
-def _check_values(indices, vals, F, ordered):
+def _checks_values():
+    return os.environ.get("FLEX_SAE_CHECK_INDICES", "").lower() in ("1", "true", "yes")
+
+
+def _check_indices(indices, F):
     bad = ((indices < 0) | (indices >= F)).nonzero()
     if len(bad):
-        b, k = bad[0].tolist()
-        raise IndexError(f"indices must lie in [0, F) = [0, {F}), got {indices[b, k].item()} at [{b}, {k}]")
-    if ordered and (vals[:, 1:] > vals[:, :-1]).any():
-        warnings.warn(
-            "vals do not descend along their rows: the hierarchical loss takes column 0 for the most important "
-            "feature, the order of torch.topk(..., sorted=True)",
-            stacklevel=4,
-        )
+        place = bad[0].tolist()
+        raise IndexError(f"indices must lie in [0, F) = [0, {F}), got {indices[tuple(place)].item()} at {place}")
+
+
+def _check_offsets(indices, offsets):
+    if offsets is not None and (offsets[0] != 0 or (offsets.diff() < 0).any() or offsets[-1] > len(indices)):
+        raise IndexError(f"offsets must ascend from 0 to at most P = {len(indices)}, got {offsets.tolist()}")

@@ -1,6 +1,7 @@
 """Where a call runs, in which dtype it computes, and what autograd may ask of it."""
 
 import contextlib
+from typing import Optional
 
 import torch
 import triton
@@ -14,17 +15,27 @@ def runs_triton(indices: torch.Tensor) -> bool:
     return (INTERPRETED or indices.is_cuda or indices.is_xpu) and indices.numel() > 0
 
 
-def needs_gradients(*tensors: torch.Tensor) -> bool:
+def needs_gradients(*tensors: Optional[torch.Tensor]) -> bool:
     """Whether autograd records a call with these tensors. Inference mode records nothing, even where gradients are
     enabled in it. (torch.compile cannot trace this query.)"""
     if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
         return False
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
     """The dtype of all sums: float64 if any of the tensors is float64, else float32."""
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+
+
+def linear_dtype(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]) -> torch.dtype:
+    """The dtype of ``x @ weight.T + bias``: that of autocast, which leaves float64 alone, or the promoted one."""
+    dtype = torch.promote_types(x.dtype, weight.dtype)
+    if bias is not None:
+        dtype = torch.promote_types(dtype, bias.dtype)
+    if dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return dtype
 
 
 def device_of(tensor: torch.Tensor):

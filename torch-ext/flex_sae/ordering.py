@@ -39,6 +39,7 @@ def _gather_pairs_kernel(
     indices_ptr,  # [B * K]
     vals_ptr,  # [B * K]
     row_scales_ptr,  # [B], or None
+    pair_samples_ptr,  # [P], the sample of each pair, or None: K pairs for each
     P,
     K,
     F,
@@ -53,7 +54,9 @@ def _gather_pairs_kernel(
     if row_scales_ptr is not None:
         coef *= tl.load(row_scales_ptr + pair // K, mask=exists, other=0.0)
     tl.store(coefs_ptr + p, coef, mask=exists)
-    if samples_ptr is not None:
+    if pair_samples_ptr is not None:
+        tl.store(samples_ptr + p, tl.load(pair_samples_ptr + pair, mask=exists, other=0), mask=exists)
+    elif samples_ptr is not None:
         tl.store(samples_ptr + p, pair // K, mask=exists)
     if slots_ptr is not None:
         tl.store(slots_ptr + pair, p, mask=exists)
@@ -75,15 +78,24 @@ def _load_feature(indices_ptr, pair, exists, F):
 
 
 def order_pairs(
-    indices: torch.Tensor,  # [B, K], contiguous
-    vals: torch.Tensor,  # [B, K], contiguous
+    indices: torch.Tensor,  # [B, K], contiguous; with offsets [P]
+    vals: torch.Tensor,  # as indices, contiguous
     F: int,
     dtype: torch.dtype,
     row_scales: Optional[torch.Tensor] = None,  # [B]
     with_slots: bool = False,
+    offsets: Optional[torch.Tensor] = None,  # [B + 1]
 ) -> OrderedPairs:
-    """The pairs ordered by feature, with coefficients in ``dtype``, and with their samples or with slots."""
-    K, P = indices.shape[1], indices.numel()
+    """The pairs ordered by feature, with coefficients in ``dtype``, and with their samples or with slots.
+
+    With ``offsets`` the pairs of sample b are ``offsets[b]:offsets[b + 1]``; others get a coefficient of zero."""
+    K, P = indices.shape[-1], indices.numel()
+    pair_samples = None
+    if offsets is not None:
+        B, places = len(offsets) - 1, torch.arange(P, dtype=offsets.dtype, device=offsets.device)
+        pair_samples = torch.searchsorted(offsets, places, right=True, out_int32=True) - 1
+        vals = vals.masked_fill((pair_samples < 0) | (pair_samples >= B), 0)
+        pair_samples = pair_samples.clamp(0, B - 1)
     # `out` narrows without an int64 temporary. Truncated keys sort as the results of _load_feature do.
     short = _MAX_SHORT_KEYS.value >= F
     keys = indices.new_empty(P, dtype=torch.int16 if short else torch.int32)
@@ -107,6 +119,7 @@ def order_pairs(
         indices,
         vals,
         row_scales,
+        pair_samples,
         P,
         K,
         F,

@@ -1,10 +1,12 @@
-"""The losses in plain torch, for any device: the definition of what the kernels compute, with the same arguments,
-semantics and errors. Gradients are autograd's."""
+"""Encoder and losses in plain torch, for any device: the definition of what the kernels compute, with the same
+arguments, semantics and errors. Gradients are autograd's."""
+
+from typing import Optional
 
 import torch
 
-from .checks import check_inputs
-from .dispatch import compute_dtype
+from .checks import check_encode_inputs, check_inputs, check_sparse_encode_inputs
+from .dispatch import compute_dtype, linear_dtype
 
 
 def topk_sae_loss(
@@ -31,6 +33,32 @@ def hierarchical_sae_loss(
     return unchecked_hierarchical_sae_loss(indices, weight, vals, bias, target)
 
 
+def topk_encode(
+    x: torch.Tensor,  # [B, D]
+    weight: torch.Tensor,  # [F, D]
+    bias: Optional[torch.Tensor],  # [F]
+    k: int,
+    *,
+    relu: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`triton_topk_encode` in plain torch. It holds ``[B, F]`` numbers several times over."""
+    check_encode_inputs(x, weight, bias, k)
+    return unchecked_topk_encode(x, weight, bias, k, relu, linear_dtype(x, weight, bias))
+
+
+def sparse_encode(
+    x: torch.Tensor,  # [B, D]
+    weight: torch.Tensor,  # [F, D]
+    bias: Optional[torch.Tensor],  # [F]
+    indices: torch.Tensor,  # [B, K], or [P]
+    *,
+    offsets: Optional[torch.Tensor] = None,  # [B + 1]
+) -> torch.Tensor:
+    """`triton_sparse_encode` in plain torch. It gathers ``[B, K, D]`` numbers."""
+    check_sparse_encode_inputs(x, weight, bias, indices, offsets)
+    return unchecked_sparse_encode(x, weight, bias, indices, offsets, linear_dtype(x, weight, bias))
+
+
 def unchecked_topk_sae_loss(indices, weight, vals, bias, target):
     dtype = compute_dtype(weight, vals, bias, target)
     recon = bias.to(dtype) + _terms(indices, weight, vals, dtype).sum(1)
@@ -41,6 +69,34 @@ def unchecked_hierarchical_sae_loss(indices, weight, vals, bias, target):
     dtype = compute_dtype(weight, vals, bias, target)
     recons = bias.to(dtype) + _terms(indices, weight, vals, dtype).cumsum(1)
     return (recons - target.to(dtype).unsqueeze(1)).square().mean()
+
+
+def linear(x, weight, bias, dtype):
+    """``x @ weight.T + bias``, [B, F], computed in ``dtype``."""
+    with torch.autocast(x.device.type, enabled=False):
+        return torch.nn.functional.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+
+
+def unchecked_topk_encode(x, weight, bias, k, relu, dtype):
+    vals, indices = linear(x, weight, bias, dtype).sort(dim=1, descending=True, stable=True)
+    vals, indices = vals[:, :k].contiguous(), indices[:, :k].contiguous()
+    return vals.relu() if relu else vals, indices
+
+
+def unchecked_sparse_encode(x, weight, bias, indices, offsets, dtype):
+    sums = compute_dtype(x, weight) if bias is None else compute_dtype(x, weight, bias)
+    (B, F), P = (len(x), len(weight)), indices.numel()
+    if offsets is None:
+        samples = torch.arange(B, device=x.device).repeat_interleave(indices.shape[1])
+    else:
+        samples = torch.searchsorted(offsets, torch.arange(P, dtype=offsets.dtype, device=x.device), right=True) - 1
+    features, exists = indices.flatten(), (samples >= 0) & (samples < B)
+    rows, places = features.clamp(0, F - 1), samples.clamp(0, B - 1)
+    pre = (x.to(sums)[places] * weight.to(sums)[rows]).sum(1)
+    if bias is not None:
+        pre = pre + bias.to(sums)[rows]
+    pre = torch.where((features >= 0) & (features < F), pre, float("nan"))
+    return torch.where(exists, pre, 0.0).to(dtype).view(indices.shape)
 
 
 def _terms(indices, weight, vals, dtype):

@@ -28,6 +28,46 @@ def load_pairs(
     return tl.where(valid, feature, 0), tl.where(valid, val, float("nan")), valid & exists
 
 
+@triton.jit
+def load_offsets(offsets_ptr, b, P):
+    """Where the pairs of sample b start, and how many they are; inside of [0, P) whatever the offsets are."""
+    start, end = tl.load(offsets_ptr + b).to(tl.int64), tl.load(offsets_ptr + b + 1).to(tl.int64)
+    start = tl.minimum(tl.maximum(start, 0), P)
+    return start, tl.maximum(tl.minimum(end, P) - start, 0).to(tl.int32)
+
+
+@triton.jit
+def add_rows(
+    total,  # [BLOCK_D]
+    indices_ptr,  # [B, K]
+    weight_ptr,  # [F, D]
+    vals_ptr,  # [B, K]
+    b,
+    cols,  # [BLOCK_D]
+    in_row,  # [BLOCK_D]
+    weight_stride,
+    K,
+    F,
+    EVEN_K: tl.constexpr,
+    ALIGN: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """total + sum_i vals[b, i] weight[indices[b, i]], some columns of it. EVEN_K: K is a multiple of BLOCK_K."""
+    dtype: tl.constexpr = total.dtype
+    steps = tl.arange(0, BLOCK_K)
+    feature, val, valid = load_pairs(indices_ptr, vals_ptr, b, steps, K, F, dtype)
+    for _ in range(0, K, BLOCK_K):
+        row = tl.multiple_of(feature * weight_stride, ALIGN)
+        mask = (valid | EVEN_K)[:, None] & in_row[None, :]
+        weight = tl.load(weight_ptr + row[:, None] + cols[None, :], mask=mask, other=0.0)
+        # Prefetch the next pairs.
+        steps += BLOCK_K
+        next_feature, next_val, next_valid = load_pairs(indices_ptr, vals_ptr, b, steps, K, F, dtype)
+        total += tl.sum(val[:, None] * weight.to(dtype), axis=0)
+        feature, val, valid = next_feature, next_val, next_valid
+    return total
+
+
 def cdiv(a: int, b: int) -> int:
     """a / b, rounded up. (triton.cdiv takes 1.5 us of host time.)"""
     return -(-a // b)
