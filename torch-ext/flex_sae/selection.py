@@ -74,13 +74,13 @@ def _group_max_kernel(
 
 
 @triton.jit
-def _count_above(keys_ptr, n, threshold, BLOCK: tl.constexpr):
-    """How many of n keys are above the threshold."""
+def _count_from(keys_ptr, n, threshold, BLOCK: tl.constexpr):
+    """How many of n keys reach the threshold, which is above the lowest."""
     count = tl.zeros([BLOCK], tl.int32)
     for start in range(0, n, BLOCK):
         i = start + tl.arange(0, BLOCK)
         key = tl.load(keys_ptr + i, mask=i < n, other=_lowest(keys_ptr.dtype.element_ty))
-        count += (key > threshold).to(tl.int32)
+        count += (key >= threshold).to(tl.int32)
     return tl.sum(count)
 
 
@@ -90,29 +90,24 @@ def _choose(
     keys_ptr,  # [n]
     n,
     k,
-    floor,
+    low,
+    high,
     BLOCK: tl.constexpr,
 ):
-    """Choose the k largest of n keys, of equal ones the first. At least k reach the floor. Returns the smallest."""
-    dtype: tl.constexpr = keys_ptr.dtype.element_ty
-    low = tl.full([BLOCK], 2 ** (dtype.primitive_bitwidth - 1) - 1, dtype)
-    high = tl.zeros([BLOCK], dtype) + _lowest(dtype)
-    for start in range(0, n, BLOCK):
-        i = start + tl.arange(0, BLOCK)
-        key = tl.load(keys_ptr + i, mask=i < n, other=_lowest(dtype))
-        low, high = tl.minimum(low, key), tl.maximum(high, key)
-    low, high = tl.maximum(tl.min(low), floor), tl.max(high)
-    # k keys and more reach low, fewer are above high.
+    """Choose the k largest of n keys, of equal ones the first, where at least k reach ``low`` and none is above
+    ``high``. Returns a higher ``low``."""
+    above = 0  # how many keys are above high
     while low < high:
         middle = (low | high) - ((low ^ high) >> 1)  # their mean rounded up, without overflow
-        count = _count_above(keys_ptr, n, middle - 1, BLOCK)
-        low = tl.where(count >= k, middle, low)
-        high = tl.where(count > k, high, tl.where(count == k, middle, middle - 1))
-    room = k - _count_above(keys_ptr, n, low, BLOCK)  # for keys that equal the threshold
+        count = _count_from(keys_ptr, n, middle, BLOCK)
+        above = tl.where(count < k, count, above)
+        low = tl.where(count < k, low, middle)
+        high = tl.where(count < k, middle - 1, tl.where(count == k, middle, high))
+    room = k - above  # for keys that equal low: no fewer than there are if exactly k reach it
     above, equal = 0, 0  # keys so far
     for start in range(0, n, BLOCK):
         i = start + tl.arange(0, BLOCK)
-        key = tl.load(keys_ptr + i, mask=i < n, other=_lowest(dtype))
+        key = tl.load(keys_ptr + i, mask=i < n, other=_lowest(keys_ptr.dtype.element_ty))
         is_above, is_equal = key > low, (key == low) & (i < n)
         # Both counts in one scan: 16 bits hold a block.
         counts = is_above.to(tl.int32) + (is_equal.to(tl.int32) << 16)
@@ -132,8 +127,9 @@ def _choose(
 def _select_kernel(
     vals_ptr,  # [R, k]
     indices_ptr,  # [R, k]
-    groups_ptr,  # [R, k], for the chosen groups, then the chosen places in candidates
+    groups_ptr,  # [R, k], for the chosen groups
     candidates_ptr,  # [R, k * GROUP], for the keys of their elements
+    places_ptr,  # [R, k], for the chosen places in candidates
     maxima_ptr,  # [R, maxima_stride]
     x_ptr,  # [R, F]
     F,
@@ -149,13 +145,22 @@ def _select_kernel(
     row_start, row_end = row * F, (row + 1) * F
     first_group = row_start // GROUP
     all_groups = (tl.cdiv(row_end, GROUP) - first_group).to(tl.int32)
-    groups = tl.minimum(k, all_groups)
+    maxima_ptr += row * maxima_stride
     groups_ptr += row * k
     candidates_ptr += row * k * GROUP
+    places_ptr += row * k
     dtype: tl.constexpr = maxima_ptr.dtype.element_ty
-    padded = tl.cdiv(all_groups, 16) * 16  # a multiple of 16, or loads are split
-    floor = _choose(groups_ptr, maxima_ptr + row * maxima_stride, padded, groups, _lowest(dtype), BLOCK)
-    floor = tl.where(groups == k, floor, _lowest(dtype))
+
+    n = tl.cdiv(all_groups, 16) * 16  # a multiple of 16, or loads are split
+    high = tl.zeros([BLOCK], dtype) + _lowest(dtype)
+    low = -(high + 1)
+    for start in range(0, n, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        key = tl.load(maxima_ptr + i, mask=i < n, other=_lowest(dtype))
+        low, high = tl.where(i < all_groups, tl.minimum(low, key), low), tl.maximum(high, key)
+    low, high = tl.min(low), tl.max(high)
+    groups = tl.minimum(k, all_groups)
+    low = _choose(groups_ptr, maxima_ptr, n, groups, low, high, BLOCK)
 
     for start in range(0, groups * GROUP, BLOCK):
         i = start + tl.arange(0, BLOCK)
@@ -165,8 +170,9 @@ def _select_kernel(
         key = _keys(tl.load(x_ptr + element, mask=in_row, other=0.0), dtype)
         tl.store(candidates_ptr + i, tl.where(in_row, key, _lowest(dtype)), mask=exists)
     tl.debug_barrier()
-    places_ptr = groups_ptr + tl.num_programs(0) * k
-    _choose(places_ptr, candidates_ptr, groups * GROUP, k, floor, BLOCK)
+    # The maxima of k groups reach low, and so do k elements.
+    low = tl.where(groups == k, low, _lowest(dtype))
+    _choose(places_ptr, candidates_ptr, groups * GROUP, k, low, high, BLOCK)
 
     # The rank of a chosen element is how many come before it.
     for start_i in range(0, k, BLOCK_I):
@@ -211,18 +217,20 @@ def select_largest(
         _select_by_sorting(x, vals, indices, relu)
         return
     keys = torch.int64 if x.dtype == torch.float64 else torch.int32
-    maxima = x.new_empty(R, _groups(F), dtype=keys)
-    _group_max_kernel[(R * (_groups(F) // _BLOCK_G),)](maxima, x, F, _groups(F), GROUP=_GROUP, BLOCK_G=_BLOCK_G)
+    groups = _groups(F)
+    maxima = x.new_empty(R, groups, dtype=keys)
+    _group_max_kernel[(R * (groups // _BLOCK_G),)](maxima, x, F, groups, GROUP=_GROUP, BLOCK_G=_BLOCK_G)
     _select_kernel[(R,)](
         vals,
         indices,
-        x.new_empty(2, R, k, dtype=torch.int32),
+        x.new_empty(R, k, dtype=torch.int32),
         x.new_empty(R, k * _GROUP, dtype=keys),
+        x.new_empty(R, k, dtype=torch.int32),
         maxima,
         x,
         F,
         k,
-        _groups(F),
+        groups,
         RELU=relu,
         GROUP=_GROUP,
         BLOCK=_BLOCK,
