@@ -89,7 +89,7 @@ def order_pairs(
     """The pairs ordered by feature, with coefficients in ``dtype``, and with their samples or with slots.
 
     With ``offsets`` the pairs of sample b are ``offsets[b]:offsets[b + 1]``; others get a coefficient of zero."""
-    K, P = indices.shape[-1], indices.numel()
+    K, P = 1 if indices.dim() == 1 else indices.shape[1], indices.numel()
     pair_samples = None
     if offsets is not None:
         B, places = len(offsets) - 1, torch.arange(P, dtype=offsets.dtype, device=offsets.device)

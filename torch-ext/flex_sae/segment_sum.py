@@ -35,8 +35,10 @@ _MAX_CHUNKS = 2048
 _REDUCE_BLOCK_C, _REDUCE_ROW_BYTES = 4, 4096
 # Pairs of a program, four warps, that adds up dot products. There 128 take 13 us, 256 take 15.
 _DOTS_BLOCK_P = 128
+# Features of a program, four warps, that adds up coefficients, and pairs of each at a time
+_COEFS_BLOCK_F, _COEFS_BLOCK_P = 8, 128
 # Arguments that must not compile a kernel again: what another B or F changes, and the first tile
-_SIZES = ("P", "F", "chunk", "chunks", "first_tile")
+_SIZES = ("P", "chunk", "chunks", "first_tile")
 
 
 @triton.jit
@@ -125,7 +127,6 @@ def _segment_sum_kernel(
     weight_stride,
     row_stride,
     P,
-    F,
     chunk,
     chunks,
     first_tile,  # the tile of out at which rows start
@@ -185,7 +186,6 @@ def _reduce_partials_kernel(
     scale_ptr,  # 0-dim
     P,
     chunk,
-    chunks,
     D: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -227,6 +227,35 @@ def _sum_dots_kernel(
         dot += tl.load(dots_ptr + p, mask=exists, other=0.0)
         dots_ptr += P
     tl.store(vals_grad_ptr + pair, dot * tl.load(scale_ptr), mask=exists)
+
+
+@cached_launch
+@triton.jit(do_not_specialize=["F"])
+def _sum_coefs_kernel(
+    sums_ptr,  # [F]
+    coefs_ptr,  # [P]
+    segments_ptr,  # [F, 2]
+    F,
+    BLOCK_F: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    feature = tl.program_id(0) * BLOCK_F + tl.arange(0, BLOCK_F)
+    segment_ptrs = segments_ptr + 2 * feature.to(tl.int64)
+    start = tl.load(segment_ptrs, mask=feature < F, other=0)
+    end = tl.load(segment_ptrs + 1, mask=feature < F, other=0)
+    total = tl.zeros([BLOCK_F], coefs_ptr.dtype.element_ty)
+    for first in range(0, tl.max(end - start), BLOCK_P):
+        p = start[:, None] + first + tl.arange(0, BLOCK_P)[None, :]
+        total += tl.sum(tl.load(coefs_ptr + p, mask=p < end[:, None], other=0.0), axis=1)
+    tl.store(sums_ptr + feature, total, mask=feature < F)
+
+
+def sum_coefs(pairs: OrderedPairs, out: torch.Tensor) -> None:
+    """Write the sum of each feature's coefficients to ``out`` [F]: the same bits every run."""
+    F = len(out)
+    _sum_coefs_kernel[(cdiv(F, _COEFS_BLOCK_F),)](
+        out, pairs.coefs, pairs.segments, F, BLOCK_F=_COEFS_BLOCK_F, BLOCK_P=_COEFS_BLOCK_P
+    )
 
 
 class SegmentSum:
@@ -287,7 +316,6 @@ class SegmentSum:
             0 if self._weight is None else self._weight.stride(0),
             rows.stride(0),
             P,
-            F,
             self._chunk,
             self._chunks,
             first_column // self._block_d,
@@ -311,7 +339,6 @@ class SegmentSum:
                 scale,
                 P,
                 self._chunk,
-                self._chunks,
                 D=D,
                 BLOCK_C=_REDUCE_BLOCK_C,
                 BLOCK_D=block_d,
