@@ -312,7 +312,7 @@ def triton_topk_encode(
     ``pre = x @ weight.T + bias``; ``indices[b]`` are the k features with the largest ``pre[b]``, exactly, and
     ``vals[b] = relu(pre[b, indices[b]])``. (TopK autoencoders: Gao et al., arXiv 2406.04093, section 2.3.) pre is
     computed by ``torch.nn.functional.linear``, so that autocast and torch's precision of float32 matmuls hold, for some
-    samples at a time: 256 MiB of it, or 1024 samples. Its gradient is never dense.
+    samples at a time: 300 MiB of it, or 1024 samples. Its gradient is never dense.
 
     Args:
         x: ``[B, D]``, most often activations minus the decoder's bias.
@@ -361,7 +361,8 @@ def triton_sparse_encode(
             in the forward and in the backward pass.
         bias: ``[F]``, or None.
         indices: ``[B, K]``, or with offsets ``[P]``; int32 or int64 in ``[0, F)``. One out of range is not followed and
-            gives NaN. Features may repeat.
+            gives NaN, also in its sample's gradient of x and in those of some row of weight and bias. Features may
+            repeat.
         offsets: ``[B + 1]`` int32 or int64, ascending from 0 to P or less; pairs from ``offsets[B]`` on are spare room.
             What the result is where they do not ascend is undefined.
 

@@ -21,7 +21,7 @@ class OrderedPairs(NamedTuple):
 
     order: torch.Tensor  # [P] int64, places in indices.flatten()
     features: torch.Tensor  # [P] int32
-    coefs: torch.Tensor  # [P], vals, times the scales of their samples if there are any
+    coefs: torch.Tensor  # [P], vals, times the scales of their samples if there are any; NaN for an index out of range
     samples: Optional[torch.Tensor]  # [P] int32
     slots: Optional[torch.Tensor]  # [B, K] int32, the inverse of order
     segments: torch.Tensor  # [F, 2] int32, where a feature's pairs start and end; zeros if it has none
@@ -48,9 +48,10 @@ def _gather_pairs_kernel(
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     exists = p < P
     pair = tl.load(order_ptr + p, mask=exists, other=0)
-    feature = _load_feature(indices_ptr, pair, exists, F)
+    feature, in_range = _load_feature(indices_ptr, pair, exists, F)
     tl.store(features_ptr + p, feature, mask=exists)
     coef = tl.load(vals_ptr + pair, mask=exists, other=0.0).to(coefs_ptr.dtype.element_ty)
+    coef = tl.where(in_range, coef, float("nan"))
     if row_scales_ptr is not None:
         coef *= tl.load(row_scales_ptr + pair // K, mask=exists, other=0.0)
     tl.store(coefs_ptr + p, coef, mask=exists)
@@ -63,7 +64,7 @@ def _gather_pairs_kernel(
     # Where one feature's pairs end and the next one's start
     has_next = p + 1 < P
     next_pair = tl.load(order_ptr + p + 1, mask=has_next, other=0)
-    next_feature = _load_feature(indices_ptr, next_pair, has_next, F)
+    next_feature, _ = _load_feature(indices_ptr, next_pair, has_next, F)
     is_last = exists & ((feature != next_feature) | ~has_next)
     tl.store(segments_ptr + 2 * feature.to(tl.int64) + 1, p + 1, mask=is_last)
     tl.store(segments_ptr + 2 * next_feature.to(tl.int64), p + 1, mask=is_last & has_next)
@@ -71,10 +72,10 @@ def _gather_pairs_kernel(
 
 @triton.jit
 def _load_feature(indices_ptr, pair, exists, F):
-    """The feature that a pair was sorted by. An index out of range wraps or is clamped into range."""
+    """The feature that a pair was sorted by, and whether that is its index: one out of range wraps or is clamped."""
     index = tl.load(indices_ptr + pair, mask=exists, other=0)
     feature = tl.where(F <= _MAX_SHORT_KEYS, index & 0xFFFF, index).to(tl.int32)
-    return tl.minimum(tl.maximum(feature, 0), F - 1)
+    return tl.minimum(tl.maximum(feature, 0), F - 1), (index >= 0) & (index < F)
 
 
 def order_pairs(
@@ -94,7 +95,8 @@ def order_pairs(
     if offsets is not None:
         B, places = len(offsets) - 1, torch.arange(P, dtype=offsets.dtype, device=offsets.device)
         pair_samples = torch.searchsorted(offsets, places, right=True, out_int32=True) - 1
-        vals = vals.masked_fill((pair_samples < 0) | (pair_samples >= B), 0)
+        spare = (pair_samples < 0) | (pair_samples >= B)
+        indices, vals = indices.masked_fill(spare, 0), vals.masked_fill(spare, 0)
         pair_samples = pair_samples.clamp(0, B - 1)
     # `out` narrows without an int64 temporary. Truncated keys sort as the results of _load_feature do.
     short = _MAX_SHORT_KEYS.value >= F

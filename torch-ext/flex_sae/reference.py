@@ -90,17 +90,21 @@ def unchecked_sparse_encode(x, weight, bias, indices, offsets, dtype):
         samples = torch.arange(B, device=x.device).repeat_interleave(indices.shape[1])
     else:
         samples = torch.searchsorted(offsets, torch.arange(P, dtype=offsets.dtype, device=x.device), right=True) - 1
-    features, exists = indices.flatten(), (samples >= 0) & (samples < B)
+    exists = (samples >= 0) & (samples < B)
+    features = torch.where(exists, indices.flatten(), 0)
     rows, places = features.clamp(0, F - 1), samples.clamp(0, B - 1)
     pre = (x.to(sums)[places] * weight.to(sums)[rows]).sum(1)
     if bias is not None:
         pre = pre + bias.to(sums)[rows]
-    pre = torch.where((features >= 0) & (features < F), pre, float("nan"))
-    return torch.where(exists, pre, 0.0).to(dtype).view(indices.shape)
+    return torch.where(exists, pre * _poison(features, F, sums), 0.0).to(dtype).view(indices.shape)
 
 
 def _terms(indices, weight, vals, dtype):
     """``vals[b, i] * weight[indices[b, i]]``, [B, K, D]. An index out of range is not followed and gives NaN."""
     F = weight.shape[0]
-    poison = torch.where((indices >= 0) & (indices < F), 1.0, float("nan")).to(dtype)
-    return (vals.to(dtype) * poison).unsqueeze(-1) * weight.to(dtype)[indices.clamp(0, F - 1)]
+    return (vals.to(dtype) * _poison(indices, F, dtype)).unsqueeze(-1) * weight.to(dtype)[indices.clamp(0, F - 1)]
+
+
+def _poison(indices, F, dtype):
+    """1, or NaN for an index out of range."""
+    return torch.where((indices >= 0) & (indices < F), 1.0, float("nan")).to(dtype)
