@@ -141,15 +141,17 @@ def test_without_a_gpu_one_line_says_so():
     assert done.stderr == "This benchmark needs a GPU that torch.cuda can see, and there is none here.\n"
 
 
-@pytest.mark.parametrize("name", ["TopKBenchmark", "HierarchicalBenchmark"])
-def test_the_benchmark_of_the_hub_verifies(flex, device, name):
+@pytest.mark.parametrize(
+    ("name", "alone"), [("TopKBenchmark", "loss"), ("HierarchicalBenchmark", "loss"), ("EncoderBenchmark", "encode")]
+)
+def test_the_benchmark_of_the_hub_verifies(flex, device, name, alone):
     benchmark = runpy.run_path(BENCHMARKS / "benchmark.py")[name]()
     benchmark.kernel, benchmark.device = flex, device
     if device == "cpu":
-        with pytest.raises(RuntimeError, match="needs a GPU: on a CPU the losses are their torch references"):
+        with pytest.raises(RuntimeError, match="needs a GPU: on a CPU the functions are their torch references"):
             benchmark.setup()
     benchmark.make_inputs(B=32, K=4, F=64, D=48)
-    for workload in ("loss", "step"):
+    for workload in (alone, "step"):
         getattr(benchmark, f"benchmark_{workload}")()
         # The tolerance of `kernels benchmark`
         assert torch.allclose(benchmark.out, getattr(benchmark, f"verify_{workload}")(), atol=1e-2)

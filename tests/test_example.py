@@ -17,7 +17,19 @@ IN_THE_INTERPRETER = [
     ("-B 2048 -K 256 -F 999 -D 99", "minutes in Triton's interpreter, more than 5: use a GPU"),
     ("--dtype bfloat16", "bfloat16 needs a GPU: Triton's interpreter"),
 ]
-GRADIENTS = ("d weight", "d vals", "d bias", "d target")
+GRADIENTS = ("d weight", "d vals", "d bias", "d target")  # of a loss
+ENCODER = ("selection", "d x", "d weight", "d bias")
+# The higher of two equal features first
+OTHER_TIES = """
+def triton_topk_encode(x, weight, bias, k):
+    vals, indices = topk_encode(x, weight.flip(0), bias.flip(0), k)
+    return vals, len(weight) - 1 - indices
+"""
+# 1% off in the loss is 1% off in its gradients
+LOSS_OFF = """
+def triton_topk_sae_loss(*inputs):
+    return 1.01 * topk_sae_loss(*inputs)
+"""
 
 
 def run_example(*options: str, **env: str) -> subprocess.CompletedProcess:
@@ -25,33 +37,35 @@ def run_example(*options: str, **env: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
-def test_every_loss_and_gradient_is_within_its_bound(dtype):
+def test_the_selection_and_every_loss_and_gradient_is_within_its_bound(dtype):
     if dtype == "bfloat16" and INTERPRETED:
         pytest.skip("the interpreter truncates to bfloat16")
     ran = run_example("--dtype", dtype)
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert ran.stdout.count(" ok\n") == 2 * (1 + len(GRADIENTS))
-    assert all(ran.stdout.count(f"{name} ") == 2 for name in GRADIENTS)
+    assert ran.stdout.count(" ok\n") == len(ENCODER) + 2 * (1 + len(GRADIENTS))
+    for name in {*ENCODER, *GRADIENTS}:
+        assert ran.stdout.count(f" {name} ") == (name in ENCODER) + 2 * (name in GRADIENTS)
     assert ran.stdout.endswith("all within bounds\n")
     assert ("interpreter" in ran.stdout) == INTERPRETED
-    assert ("torch.compile" in ran.stdout) != INTERPRETED
+    assert ran.stdout.count("torch.compile") == (0 if INTERPRETED else 2)
+    assert ("training step" in ran.stdout) != INTERPRETED
 
 
-def test_the_build_in_local_kernels_is_loaded_and_a_loss_that_is_off_is_a_mismatch(tmp_path):
-    # 1% off in the loss is 1% off in its gradients
+@pytest.mark.parametrize(("code", "wrong"), [(LOSS_OFF, 1 + len(GRADIENTS)), (OTHER_TIES, 1)])
+def test_the_build_in_local_kernels_is_loaded_and_what_is_off_in_it_is_a_mismatch(tmp_path, code, wrong):
     for variant in build_local.build(tmp_path):
         with (variant / "__init__.py").open("a") as init:
-            init.write("\n\ndef triton_topk_sae_loss(*inputs):\n    return 1.01 * topk_sae_loss(*inputs)\n")
+            init.write(f"\n{code}")
     ran = run_example(LOCAL_KERNELS=f"t-tech/flex-sae={tmp_path}")
     assert ran.returncode == 1, ran.stdout + ran.stderr
-    assert ran.stdout.count(" MISMATCH\n") == 1 + len(GRADIENTS)
-    assert ran.stdout.endswith("MISMATCH: a loss or a gradient is outside its bound\n")
+    assert ran.stdout.count(" MISMATCH\n") == wrong
+    assert ran.stdout.endswith("MISMATCH: a result is outside its bound\n")
 
 
 def test_ctrl_c_ends_it_with_one_line():
     long = ["-B", "64", "-K", "32", "-F", "4096", "-D", "256", "--iters", "100000"]
     with subprocess.Popen([*COMMAND, *long], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as example:
-        while "TopK" not in example.stdout.readline():
+        while "Encoder" not in example.stdout.readline():
             assert example.poll() is None, example.stderr.read()
         example.send_signal(signal.SIGINT)
         assert example.communicate(timeout=60)[1] == "interrupted\n"
@@ -65,7 +79,7 @@ def test_ctrl_c_ends_it_with_one_line():
         ("-B 0", "B must be at least 1, got 0"),
         ("--iters 0", "iters must be at least 1, got 0"),
         ("--dtype int8", "argument --dtype: invalid choice: 'int8'"),
-        ("-B 1 -K 1 -F 2 -D 1048577", "D <= 2**20, got B=1, K=1, F=2, D=1048577"),
+        ("-B 1 -K 1 -F 2 -D 1048577", "D <= 2**20, got B=1, k=1, F=2, D=1048577"),
         ("-F 10000000000000", "GiB of memory, more than the "),
         *(IN_THE_INTERPRETER if INTERPRETED else []),
     ],
