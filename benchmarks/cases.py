@@ -1,4 +1,4 @@
-"""What is measured: a suite is a list of cases, a case is one loss at one shape in one mode."""
+"""What is measured: a suite is a list of cases, a case is one loss or training step at one shape in one mode."""
 
 from dataclasses import dataclass, replace
 
@@ -22,12 +22,25 @@ class Case:
     deterministic  step under torch.use_deterministic_algorithms(True)
     one thread     step under torch.autograd.set_multithreading_enabled(False)
     graph          the replay of a CUDA graph of step
+
+    With a precision, "float32", "TF32" or "autocast" (to bfloat16), it is a training step of an SAE:
+
+    training        encoder, selection, loss, gradients and Adam
+    training graph  the replay of a CUDA graph of training
+    encoder         encoder and selection with their gradients; it has no loss
+    parts           the parts of the package's training step, each a row
     """
 
     shape: Shape
     loss: str
     mode: str = "step"
     peers: tuple[str, ...] = ()
+    precision: str = ""
+    optimizer: str = "fused"  # or "default": torch.optim.Adam with no options
+
+    @property
+    def rows(self) -> tuple[str, ...]:
+        return PARTS if self.mode == "parts" else ("flex_sae", *self.peers)
 
 
 PEERS = {
@@ -35,6 +48,9 @@ PEERS = {
     "hierarchical": ("torch eager", "torch.compile"),
 }
 LOSSES = tuple(PEERS)
+TRAINING_PEERS = ("torch encoder, flex_sae loss", "torch eager", "torch.compile")
+# "encode" is matmul and selection.
+PARTS = ("matmul", "encode", "loss", "encoder gradients", "Adam")
 
 
 def decoder_step() -> list[Case]:
@@ -80,7 +96,21 @@ def small() -> list[Case]:
     return [Case(shape, loss, mode, PEERS[loss]) for mode in ("step", "one thread", "graph") for loss in LOSSES]
 
 
-SUITES = {suite.__name__: suite for suite in (decoder_step, losses, sizes, small)}
+def training() -> list[Case]:
+    """A training step and its parts; at the middle shape also with torch's defaults for matmuls and Adam."""
+    cases, middle = [], Shape(4096, 64, 65536, 2304)
+    for shape in (Shape(4096, 32, 24576, 768), middle, Shape(8192, 64, 131072, 4096)):
+        for precision in ("TF32", "autocast"):
+            for loss in LOSSES:
+                cases.append(Case(shape, loss, "training", TRAINING_PEERS, precision))
+                cases += [Case(shape, loss, mode, (), precision) for mode in ("training graph", "parts")]
+            cases.append(Case(shape, "", "encoder", TRAINING_PEERS[1:], precision))
+        if shape == middle:
+            cases += [Case(shape, "hierarchical", "training", (), p, "default") for p in ("float32", "TF32")]
+    return cases
+
+
+SUITES = {suite.__name__: suite for suite in (decoder_step, losses, sizes, small, training)}
 
 
 def quick(case: Case) -> Case:

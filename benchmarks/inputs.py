@@ -46,9 +46,14 @@ class Inputs:
             vals = vals.to(dtype).requires_grad_()
             self.sets.append(Problem(make_indices(shape), self.weight, vals, self.bias, target))
 
+    @property
+    def leaves(self) -> list[torch.Tensor]:
+        """The tensors with gradients."""
+        return [self.weight, self.bias, *(problem.vals for problem in self.sets)]
+
     def clear(self) -> None:
         """Drop the gradients."""
-        for leaf in (self.weight, self.bias, *(problem.vals for problem in self.sets)):
+        for leaf in self.leaves:
             leaf.grad = None
 
     def step(self, function, i: int) -> dict[str, torch.Tensor]:

@@ -9,7 +9,7 @@ import statistics
 import time
 
 import torch
-from inputs import SETS, Inputs
+from inputs import SETS
 
 # A step is sampled for about this long, so that a slow one gets few samples and a suite stays short.
 SAMPLING_MS = 150
@@ -71,16 +71,16 @@ def wall_ms(steps: dict, counts: dict[str, int]) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in runs.items()}
 
 
-def memory(inputs: Inputs, step, optimizer) -> dict[str, float]:
+def memory(inputs, step, optimizer) -> dict[str, float]:
     """The peak of a step in GiB: in all, with inputs and optimiser state, and beyond inputs, state and gradients."""
     inputs.clear()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    results = step(0)
+    step(0)
     torch.cuda.synchronize()
     peak = torch.cuda.max_memory_allocated() - before
-    gradients = sum(results[name].nbytes for name in ("weight", "vals", "bias"))
+    gradients = sum(leaf.grad.nbytes for leaf in inputs.leaves if leaf.grad is not None)
     moments = [tensor for state in optimizer.state.values() for tensor in state.values()] if optimizer else []
     held = sum(tensor.nbytes for tensor in (*inputs.sets[0], *moments))
     return {"total_gib": (peak + held) / 2**30, "extra_gib": (peak - gradients) / 2**30}

@@ -27,6 +27,10 @@ class ReportError(Exception):
     """What keeps a report from being written, in one sentence."""
 
 
+class MissingResults(ReportError):
+    """A suite has not been run."""
+
+
 def milliseconds(ms: float) -> str:
     return f"{ms:.{3 if ms < 1 else 2 if ms < 10 else 1}f} ms"
 
@@ -73,17 +77,110 @@ def decoder_step(results: list[dict]) -> str:
     )
 
 
+def training_step(results: list[dict], loss: str) -> list[dict]:
+    """The records of eager training steps with fused Adam, in TF32 and autocast."""
+    return [r for r in results if (r["mode"], r["loss"], r["optimizer"]) == ("training", loss, "fused")]
+
+
+def shape_of(record: dict) -> dict:
+    return {axis: record[axis] for axis in "BKFD"}
+
+
 def headline(results: list[dict]) -> str:
-    """One sentence, of the hierarchical loss in float32 at the largest K."""
-    chosen = [r for r in results if (r["loss"], r["dtype"]) == ("hierarchical", "float32")]
-    ours, compiled = (
-        max((r for r in chosen if r["row"] == row), key=lambda r: r["K"]) for row in ("flex_sae", "torch.compile")
-    )
-    figures = [cell(r, lambda r: f"{milliseconds(r['ms'])} and {r['total_gib']:.1f} GiB") for r in (ours, compiled)]
-    shape = " ".join(f"{axis}={ours[axis]}" for axis in "BKFD")
+    """One sentence, of the hierarchical loss in TF32 at the middle of the three shapes."""
+    chosen = [r for r in training_step(results, "hierarchical") if r["precision"] == "TF32"]
+    middle = sorted({r["F"] for r in chosen})[1]
+    figures = {
+        r["row"]: cell(r, lambda r: f"{milliseconds(r['ms'])} and {r['total_gib']:.1f} GiB")
+        for r in chosen
+        if r["F"] == middle
+    }
+    shape = " ".join(f"{axis}={size}" for axis, size in shape_of(next(r for r in chosen if r["F"] == middle)).items())
     return (
-        f"A HierarchicalTopK decoder step (loss, gradients, Adam) of {shape} in float32\n"
-        f"takes {figures[0]}, and {figures[1]} with torch.compile."
+        f"A HierarchicalTopK training step (encoder, loss, gradients, Adam) of {shape} in TF32\n"
+        f"takes {figures['flex_sae']}; {figures['torch eager']} with torch eager, "
+        f"{figures['torch.compile']} with torch.compile."
+    )
+
+
+def training(results: list[dict], loss: str = "hierarchical") -> str:
+    chosen = training_step(results, loss)
+    ours = {(case_of(r), r["precision"]): r for r in chosen if r["row"] == "flex_sae"}
+
+    def figures(record):
+        text = f"{milliseconds(record['ms'])}, {record['total_gib']:.1f} GiB"
+        own = ours[case_of(record), record["precision"]]
+        if record is not own and own["status"] == "ok":
+            text += f", flex_sae {record['ms'] / own['ms']:.1f}x faster"
+        return text
+
+    return pivot(
+        chosen,
+        lambda r: {**shape_of(r), "precision": r["precision"]},
+        lambda r: {r["row"]: cell(r, figures)},
+    )
+
+
+def training_topk(results: list[dict]) -> str:
+    return training(results, "topk")
+
+
+def training_parts(results: list[dict]) -> str:
+    """What each part takes, and its share of their sum."""
+    lines = {}
+    for r in results:
+        if r["mode"] == "parts":
+            leading = {**shape_of(r), "precision": r["precision"], "step": LOSSES[r["loss"]]}
+            lines.setdefault(tuple(leading.values()), (leading, {}))[1][r["row"]] = r
+    table = []
+    for leading, parts in lines.values():
+        failed = next((r["status"] for r in parts.values() if r["status"] != "ok"), None)
+        if failed:
+            table.append({**leading, "matmul": failed})
+            continue
+        ms = {row: r["ms"] for row, r in parts.items()}
+        # What encode takes beyond its matmuls
+        ms = {"matmul": ms.pop("matmul"), "selection": ms.pop("encode") - parts["matmul"]["ms"], **ms}
+        total = sum(ms.values())
+        table.append({**leading, **{part: f"{milliseconds(t)} ({t / total:.0%})" for part, t in ms.items()}})
+    return tabulate(table, headers="keys", tablefmt="github", disable_numparse=True)
+
+
+def training_graph(results: list[dict]) -> str:
+    """The package's step in eager mode and as one CUDA graph."""
+    names = {"training": "eager", "training graph": "CUDA graph"}
+    own = [r for r in results if r["row"] == "flex_sae" and r["mode"] in names and r["optimizer"] == "fused"]
+    return pivot(
+        sorted(own, key=lambda r: list(names).index(r["mode"])),
+        lambda r: {**shape_of(r), "precision": r["precision"], "loss": LOSSES[r["loss"]]},
+        lambda r: {
+            f"{names[r['mode']]}, {what}": cell(r, lambda r, key=key: milliseconds(r[key]))
+            for what, key in TIMES.items()
+        },
+    )
+
+
+def training_defaults(results: list[dict]) -> str:
+    """The package's step at the shape that also has torch's defaults, from these to TF32 and fused Adam."""
+    own = [r for r in results if (r["row"], r["mode"], r["loss"]) == ("flex_sae", "training", "hierarchical")]
+    shapes = [shape_of(r) for r in own if r["optimizer"] == "default"]
+    order = [("float32", "default"), ("TF32", "default"), ("TF32", "fused"), ("autocast", "fused")]
+    return pivot(
+        sorted((r for r in own if shape_of(r) in shapes), key=lambda r: order.index((r["precision"], r["optimizer"]))),
+        lambda r: {"matmuls": r["precision"], "Adam": r["optimizer"]},
+        lambda r: {
+            "step": cell(r, lambda r: milliseconds(r["ms"])),
+            "peak memory": cell(r, lambda r: f"{r['total_gib']:.1f} GiB"),
+        },
+    )
+
+
+def encoder(results: list[dict]) -> str:
+    """Encoder and selection with their gradients: time, and memory beyond inputs and gradients."""
+    return pivot(
+        [r for r in results if r["mode"] == "encoder"],
+        lambda r: {**shape_of(r), "precision": r["precision"]},
+        lambda r: {r["row"]: cell(r, lambda r: f"{milliseconds(r['ms'])}, {r['extra_gib']:.2f} GiB")},
     )
 
 
@@ -121,8 +218,10 @@ def memory(results: list[dict]) -> str:
     )
 
 
-TABLES = {table.__name__: table for table in (headline, decoder_step, losses, sizes, small, memory)}
-SUITES = {"headline": "decoder_step", "memory": "losses"}  # of the tables whose suite has another name
+OF_TRAINING = (headline, training, training_topk, training_parts, training_graph, training_defaults, encoder)
+TABLES = {table.__name__: table for table in (*OF_TRAINING, decoder_step, losses, sizes, small, memory)}
+# Of the tables whose suite has another name
+SUITES = {**{table.__name__: "training" for table in OF_TRAINING}, "memory": "losses"}
 
 
 class Results:
@@ -135,7 +234,7 @@ class Results:
         if name not in self.suites:
             path = self.folder / f"{name}.jsonl"
             if not path.is_file():
-                raise ReportError(f"{path.name} is missing: run `python benchmarks/run.py --suite {name}` on a GPU.")
+                raise MissingResults(f"{path.name} is missing: run `python benchmarks/run.py --suite {name}` on a GPU.")
             about, lines = records.load(path)
             for other, (known, _) in self.suites.items():
                 for key in ("commit", "gpu"):
@@ -158,50 +257,60 @@ class Results:
         return f"{TABLES[name](lines)}\n\n{source}"
 
 
-def fill(text: str, results: Results) -> str:
-    """A document with its tables written anew."""
+def fill(text: str, results: Results, check: bool) -> str:
+    """A document with its tables written anew. A check leaves those of a suite that has not been run, and says so."""
     if len(MARKED.findall(text)) != text.count("<!-- table:"):
         raise ReportError("A <!-- table:NAME --> has no <!-- /table --> of its own.")
 
     def marked(match):
-        return f"<!-- table:{match[1]} -->\n\n{results.table(match[1])}\n\n<!-- /table -->"
+        try:
+            table = results.table(match[1])
+        except MissingResults as error:
+            if not check:
+                raise
+            print(f"table {match[1]} is not checked: {error}", file=sys.stderr)
+            return match[0]
+        return f"<!-- table:{match[1]} -->\n\n{table}\n\n<!-- /table -->"
 
     return MARKED.sub(marked, text)
 
 
 def plot(results: Results, path: Path) -> None:
-    """Time and peak memory of a decoder step against K."""
+    """Time and peak memory of a training step with the hierarchical loss, at each shape."""
     import matplotlib
 
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
 
-    timed = [record for record in results.suite("decoder_step")[1] if record["status"] == "ok"]
+    chosen = training_step(results.suite("training")[1], "hierarchical")
+    shapes = sorted({tuple(shape_of(r).values()) for r in chosen}, key=lambda shape: shape[2])
+    precisions, rows = (list(dict.fromkeys(r[key] for r in chosen)) for key in ("precision", "row"))
     # Mid-tones, readable on white and on GitHub's dark background alike.
-    ink, colours = "#767d86", {"flex_sae": "#2f81f7", "torch.compile": "#c9601c"}
+    ink, colours = "#767d86", ("#2f81f7", "#7aa63c", "#c9601c", "#a371c7")
     inked = ("text.color", "axes.labelcolor", "axes.edgecolor", "axes.titlecolor", "xtick.color", "ytick.color")
     # The salt makes the same file of the same results.
     style = {"svg.hashsalt": "flex_sae", "font.size": 9, "legend.frameon": False, **dict.fromkeys(inked, ink)}
     with plt.rc_context(style):
-        figure, grid = plt.subplots(2, 2, figsize=(7, 4.5), sharex=True, layout="constrained")
-        for axes, loss in zip(grid[0], LOSSES, strict=True):
-            axes.set_title(LOSSES[loss])
+        figure, grid = plt.subplots(2, len(shapes), figsize=(8, 4.8), sharex=True, layout="constrained")
         for line, (key, label) in zip(grid, (("ms", "time (ms)"), ("total_gib", "peak memory (GiB)")), strict=True):
-            for axes, loss in zip(line, LOSSES, strict=True):
-                for row, colour in colours.items():
-                    for dtype, dashes in (("float32", "-"), ("bfloat16", ":")):
-                        chosen = [r for r in timed if (r["loss"], r["row"], r["dtype"]) == (loss, row, dtype)]
-                        ks, values = [r["K"] for r in chosen], [r[key] for r in chosen]
-                        axes.plot(
-                            ks, values, "o", markersize=4, linestyle=dashes, color=colour, label=f"{row}, {dtype}"
-                        )
-                axes.set(ylim=(0, None), ylabel=label)
-                axes.set_xticks(sorted({r["K"] for r in timed}))
-                axes.grid(alpha=0.3)
+            line[0].set_ylabel(label)
+            for axes, shape in zip(line, shapes, strict=True):
+                for record in chosen:
+                    if tuple(shape_of(record).values()) != shape:
+                        continue
+                    row, ok = rows.index(record["row"]), record["status"] == "ok"
+                    place = precisions.index(record["precision"]) + (row - (len(rows) - 1) / 2) * 0.2
+                    axes.bar(place, record[key] if ok else 0, 0.18, color=colours[row], label=record["row"])
+                    if not ok:
+                        axes.text(place, 0, f" {record['status']}", rotation=90, ha="center", va="bottom", fontsize=7)
+                axes.set(ylim=(0, None), xticks=range(len(precisions)), xticklabels=precisions)
+                axes.grid(alpha=0.3, axis="y")
+                axes.set_axisbelow(True)
                 axes.spines[["top", "right"]].set_visible(False)
-        for axes in grid[1]:
-            axes.set_xlabel("K")
-        figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+        for axes, (B, K, F, D) in zip(grid[0], shapes, strict=True):
+            axes.set_title(f"B={B} K={K}\nF={F} D={D}")
+        handles = dict(zip(*grid[0, 0].get_legend_handles_labels()[::-1], strict=True))
+        figure.legend(handles.values(), handles, loc="outside lower center", ncols=len(rows))
         figure.savefig(path, transparent=True, metadata={"Date": None, "Creator": None})
         plt.close(figure)
 
@@ -212,13 +321,13 @@ def report(documents: list[Path], folder: Path, check: bool) -> list[Path]:
     for document in documents:
         text = document.read_text()
         try:
-            filled = fill(text, results)
+            filled = fill(text, results, check)
         except ReportError as error:
             raise ReportError(f"{document.name}: {error}") from None
         if filled != text:
             changed[document] = filled
     if not check:
-        plot(results, folder / "decoder_step.svg")
+        plot(results, folder / "training.svg")
         for document, filled in changed.items():
             document.write_text(filled)
     return list(changed)

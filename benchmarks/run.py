@@ -2,7 +2,7 @@
 # requires-python = ">=3.11"
 # dependencies = ["kernels>=0.17,<0.18", "torch>=2.11", "numpy>=2", "tqdm>=4.66"]
 # ///
-"""Time the losses of this checkout beside other ways to compute them, on a GPU.
+"""Time the losses and training steps of this checkout beside other ways to compute them, on a GPU.
 
     python benchmarks/run.py --suite NAME [--baseline NAME=PATH] [--quick] [--out FILE]
 
@@ -12,6 +12,8 @@ cases.py says what is measured, measure.py how, and report.py makes tables and t
 
 import argparse
 import contextlib
+import functools
+import gc
 import itertools
 import sys
 from dataclasses import asdict
@@ -20,6 +22,7 @@ from pathlib import Path
 import measure
 import records
 import torch
+import training
 from cases import SUITES, Case, quick
 from inputs import Inputs, ParityError, check, check_repeats
 from peers import implementations, load_baselines, load_package
@@ -35,7 +38,8 @@ def failure(error: Exception) -> dict[str, str]:
 
 
 def blank(case: Case, row: str) -> dict:
-    return {**asdict(case.shape), "loss": case.loss, "mode": case.mode, "row": row}
+    step = {"precision": case.precision, "optimizer": case.optimizer} if case.precision else {}
+    return {**asdict(case.shape), "loss": case.loss, "mode": case.mode, **step, "row": row}
 
 
 @contextlib.contextmanager
@@ -43,11 +47,13 @@ def torch_mode(case: Case):
     """torch's global settings that a case asks for. In deterministic mode torch fills new memory unless told not to."""
     torch.use_deterministic_algorithms(case.mode == "deterministic")
     torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.set_float32_matmul_precision("high" if case.precision == "TF32" else "highest")
     try:
         with torch.autograd.set_multithreading_enabled(case.mode != "one thread"):
             yield
     finally:
         torch.use_deterministic_algorithms(False)
+        torch.set_float32_matmul_precision("highest")
 
 
 def prepare(case: Case, inputs: Inputs, function, truths: list[dict], optimizer):
@@ -74,36 +80,59 @@ def prepare(case: Case, inputs: Inputs, function, truths: list[dict], optimizer)
     return step, {**record, **measure.memory(inputs, step, optimizer)}
 
 
-def run_case(case: Case, inputs: Inputs, functions: dict, truths: list[dict]) -> list[dict]:
-    """Check and time every row of a case. An error becomes the status of its row; one while they are timed, of all."""
+def run_rows(case: Case, inputs, functions: dict, prepare) -> list[dict]:
+    """Check and time every row of a case; ``prepare(row, function)`` checks one, and gives its step and what its record
+    gets. An error becomes the status of its row; one while they are timed, of all."""
     rows, steps = {row: blank(case, row) for row in functions}, {}
+    for row, function in functions.items():
+        try:
+            steps[row], measured = prepare(row, function)
+            rows[row].update(measured)
+        except Exception as error:
+            rows[row].update(failure(error))
+        release(inputs)
+    try:
+        for row, times in measure.times(steps).items():
+            rows[row].update(times)
+    except Exception as error:
+        for row in steps:
+            rows[row].update(failure(error))
+    release(inputs)
+    return list(rows.values())
+
+
+def run_case(case: Case, inputs: Inputs, functions: dict, truths: list[dict]) -> list[dict]:
+    """The rows of a loss."""
     # lr=0: the same work, and weight stays what was checked.
     optimizer = torch.optim.Adam([inputs.weight, inputs.bias], lr=0.0, fused=True) if case.mode == "adam" else None
     with torch_mode(case):
-        for row, function in functions.items():
-            try:
-                steps[row], measured = prepare(case, inputs, function, truths, optimizer)
-                rows[row].update(measured)
-            except Exception as error:
-                rows[row].update(failure(error))
-            inputs.clear()
-            torch.cuda.empty_cache()
-        try:
-            for row, times in measure.times(steps).items():
-                rows[row].update(times)
-        except Exception as error:
-            for row in steps:
-                rows[row].update(failure(error))
-        inputs.clear()
-    return list(rows.values())
+        return run_rows(case, inputs, functions, lambda _, function: prepare(case, inputs, function, truths, optimizer))
+
+
+def run_training_case(case: Case, inputs: training.TrainingInputs, package) -> list[dict]:
+    """The rows of a training step."""
+    optimizer = training.make_optimizer(case, inputs)
+    with torch_mode(case):
+        functions = training.implementations(case, inputs, package, optimizer)
+        prepare = functools.partial(training.prepare, case, inputs, optimizer)
+        return run_rows(case, inputs, functions, prepare)
+
+
+def release(inputs) -> None:
+    """Drop gradients and what reference cycles, as those of an error, keep alive."""
+    inputs.clear()
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def describe(record: dict) -> str:
     """A record in one line."""
-    line = "{loss:12} {mode:13} {B:5} {K:3} {F:6} {D:4} {dtype:8} {distribution:7} {row:13}".format(**record)
+    kind = "{precision:8} {optimizer:7}" if "precision" in record else "{dtype:8} {distribution:7}"
+    line = ("{loss:12} {mode:14} {B:5} {K:3} {F:6} {D:4} " + kind + " {row:13}").format(**record)
     if record["status"] != "ok":
         return f"{line} {record['status']} {record.get('detail', '')}"
     memory = f" {record['total_gib']:6.2f} GiB" if "total_gib" in record else ""
+    memory += f" {record['extra_gib']:6.2f} GiB extra" if "extra_gib" in record else ""
     return f"{line} {record['ms']:8.3f} ms {record['wall_ms']:8.3f} ms on the wall{memory}"
 
 
@@ -115,19 +144,24 @@ def run(cases: list[Case], package, baselines: dict, out: Path | None) -> bool:
         for shape, group in itertools.groupby(cases, key=lambda case: case.shape):
             inputs, truths = None, {}
             for case in group:
-                functions = implementations(case, package, baselines)
+                functions = {} if case.precision else implementations(case, package, baselines)
                 try:
-                    inputs = inputs or Inputs(shape)
-                    if case.loss not in truths:
-                        truths[case.loss] = inputs.truths(case.loss)
-                    lines = run_case(case, inputs, functions, truths[case.loss])
+                    if case.precision:
+                        inputs = inputs or training.TrainingInputs(shape)
+                        lines = run_training_case(case, inputs, package)
+                    else:
+                        inputs = inputs or Inputs(shape)
+                        if case.loss not in truths:
+                            truths[case.loss] = inputs.truths(case.loss)
+                        lines = run_case(case, inputs, functions, truths[case.loss])
                 except torch.OutOfMemoryError as error:  # what all rows share does not fit
-                    lines = [{**blank(case, row), **failure(error)} for row in functions]
+                    lines = [{**blank(case, row), **failure(error)} for row in functions or case.rows]
                 if out:
                     records.append(out, lines)
                 for line in lines:
                     progress.write(describe(line))
-                    right = right and (line["row"] != "flex_sae" or line["status"] == "ok")
+                    own = line["row"] == "flex_sae" or case.mode == "parts"
+                    right = right and (not own or line["status"] == "ok")
                 progress.update()
             del inputs, truths
             torch.cuda.empty_cache()
@@ -135,7 +169,9 @@ def run(cases: list[Case], package, baselines: dict, out: Path | None) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Time the losses of this checkout beside other ways to compute them.")
+    parser = argparse.ArgumentParser(
+        description="Time the losses and training steps of this checkout beside other ways to compute them."
+    )
     parser.add_argument("--suite", choices=SUITES, required=True, help="what to run")
     parser.add_argument("--baseline", action="append", default=[], metavar="NAME=PATH", help="also time this code")
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that everything runs; keeps no file")

@@ -5,6 +5,7 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ import measure
 import peers
 import records
 import run
+import training
+import training_check
 
 BENCHMARKS = Path(run.__file__).parent
 SHAPE = cases.Shape(B=24, K=4, F=32, D=16)
@@ -100,6 +103,117 @@ def test_a_lost_row_among_many_and_other_bits_are_seen():
         inputs.check_repeats(lambda i: {"loss": torch.rand(())})
 
 
+TRAINING_SHAPE = cases.Shape(B=24, K=4, F=64, D=16)
+
+
+def training_records(package, loss, mode, peers=(), precision="TF32", optimizer="fused"):
+    """The records of a training case, with steps that have run."""
+    case = cases.Case(TRAINING_SHAPE, loss, mode, peers, precision, optimizer)
+    return run.run_training_case(case, training.TrainingInputs(case.shape), package)
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """Steps run on every set when they are timed, and are not captured or compiled."""
+
+    def times(steps):
+        for step in steps.values():
+            for i in range(inputs.SETS):
+                step(i)
+        return {name: {"ms": 1.0, "wall_ms": 2.0} for name in steps}
+
+    monkeypatch.setattr(measure, "times", times)
+    monkeypatch.setattr(measure, "capture", lambda step: step)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+
+
+@pytest.fixture(scope="module")
+def in_torch(flex):
+    """The package with its references as kernels: fast, and they round to bfloat16 as a GPU does."""
+    references = {name: getattr(flex, name) for name in ("topk_encode", "topk_sae_loss", "hierarchical_sae_loss")}
+    return SimpleNamespace(**references, **{f"triton_{name}": reference for name, reference in references.items()})
+
+
+@pytest.mark.parametrize("precision", ["float32", "TF32", "autocast"])
+@pytest.mark.parametrize(
+    "loss, mode, peers, optimizer",
+    [
+        *((loss, "training", cases.TRAINING_PEERS, "fused") for loss in cases.LOSSES),
+        ("hierarchical", "training", (), "default"),
+        ("topk", "training graph", (), "fused"),
+        ("", "encoder", cases.TRAINING_PEERS[1:], "fused"),
+    ],
+)
+def test_training_steps_that_are_right_are_timed(in_torch, timed, loss, mode, peers, precision, optimizer):
+    records = training_records(in_torch, loss, mode, peers, precision, optimizer)
+    assert [r["row"] for r in records] == ["flex_sae", *peers]
+    for record in records:
+        assert (record["status"], record["ms"], record["precision"]) == ("ok", 1.0, precision), record
+        assert record["error"] < (0.01 if precision == "autocast" else 1e-6)
+        assert ("total_gib" in record, "extra_gib" in record) == (mode == "training", mode != "training graph")
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_the_parts_of_a_training_step_are_timed(flex, timed, device, monkeypatch):
+    monkeypatch.setattr(inputs, "DEVICE", device)  # of kernels, not of the references
+    records = training_records(flex, "topk", "parts")
+    assert [(r["row"], r["status"]) for r in records] == [(part, "ok") for part in cases.PARTS]
+
+
+def biased(encode, scale):
+    """An encoder whose vals have `scale` times the gradient."""
+
+    def changed(x, weight, bias, k):
+        vals, indices = encode(x, weight, bias, k)
+        return scale * vals + (1 - scale) * vals.detach(), indices
+
+    return changed
+
+
+def other_features(encode, x, weight, bias, k):
+    """The features on ranks 2 to k + 1."""
+    vals, indices = encode(x, weight, bias, k + 1)
+    return vals[:, 1:], indices[:, 1:]
+
+
+@pytest.mark.parametrize("precision", ["TF32", "autocast"])
+@pytest.mark.parametrize(
+    "change, detail",
+    [
+        (lambda encode: biased(encode, 1.05), "encoder is off by 5"),
+        (lambda encode: lambda *args: other_features(encode, *args), "miss a larger feature"),
+        (lambda encode: lambda x, w, b, k: (lambda v, i: (v * 1.5, i))(*encode(x, w, b, k)), "vals are off by"),
+        (lambda encode: lambda x, w, b, k: (lambda v, i: (v, i * 0))(*encode(x, w, b, k)), "a feature twice"),
+        (lambda encode: lambda x, w, b, k: encode(x, w, b.detach(), k), "encoder_bias has no gradient"),
+        (lambda encode: lambda x, w, b, k: encode(x.detach(), w, b, k), "bias is off by"),
+    ],
+)
+def test_a_wrong_encoder_is_not_timed(in_torch, timed, change, detail, precision):
+    package = SimpleNamespace(**{**vars(in_torch), "triton_topk_encode": change(in_torch.topk_encode)})
+    (record,) = training_records(package, "topk", "training", (), precision)
+    assert record["status"] == "wrong" and detail in record["detail"], record
+    assert "ms" not in record
+
+
+def test_a_wrong_loss_of_a_training_step_is_not_timed(in_torch, timed):
+    for change, detail in [
+        (lambda *args: in_torch.topk_sae_loss(*args) * 1.001, "loss is off by 1.0e-03"),
+        (lambda i, w, *others: in_torch.topk_sae_loss(i, w.detach(), *others), "decoder has no gradient"),
+    ]:
+        package = SimpleNamespace(**{**vars(in_torch), "triton_topk_sae_loss": change})
+        (record,) = training_records(package, "topk", "training")
+        assert record["status"] == "wrong" and detail in record["detail"], record
+
+
+def test_a_lost_row_of_a_gradient_is_seen():
+    expected = torch.randn(2000, 8, dtype=torch.float64)
+    got = expected.float()
+    assert training_check.compare("encoder", got, expected, 0.1) < 1e-6
+    got[7] = 0
+    with pytest.raises(inputs.ParityError, match="encoder is off in 1 rows, the first is 7"):
+        training_check.compare("encoder", got, expected, 0.1)
+
+
 def test_an_interruption_loses_no_results(flex, tmp_path, monkeypatch):
     def interrupted(case, *others):
         if case.loss == "hierarchical":
@@ -169,13 +283,17 @@ def report(folder, text, *options):
 
 
 def write_results(folder, suite, **about):
-    """Made-up results of a suite: 2 ms and 4 GiB for the package, 10 ms and 20 GiB for its peers."""
+    """Made-up results of a suite: 2 ms and 4 GiB for the package, 10 ms and 20 GiB for its peers, under autocast half
+    the time for the package."""
     lines = [{"command": "run", "gpu": "Some GPU", "torch": "2", "triton": "3", "commit": "abc", **about}]
     for case in cases.SUITES[suite]():
-        for row in ("flex_sae", *case.peers):
+        for row in case.rows:
             ms, gib = (2.0, 4.0) if row == "flex_sae" else (10.0, 20.0)
+            if case.precision == "autocast" and row == "flex_sae":
+                ms /= 2
             measured = {"status": "ok", "ms": ms, "wall_ms": ms + 0.5, "total_gib": gib, "extra_gib": gib / 8}
-            lines.append({**run.blank(case, row), **({"status": "out of memory"} if row == "dense" else measured)})
+            too_large = row == "dense" or (row == "torch eager" and case.shape.D == 4096)
+            lines.append({**run.blank(case, row), **({"status": "out of memory"} if too_large else measured)})
     records.append(folder / f"{suite}.jsonl", lines)
 
 
@@ -184,6 +302,15 @@ def marked(name):
 
 
 CELLS = {
+    "training": [
+        *("2.00 ms, 4.0 GiB", "10.0 ms, 20.0 GiB, flex_sae 5.0x faster"),
+        *("1.00 ms, 4.0 GiB", "10.0 ms, 20.0 GiB, flex_sae 10.0x faster", "out of memory"),
+    ],
+    "training_topk": ["TF32", "2.00 ms, 4.0 GiB"],
+    "training_parts": ["10.0 ms (25%)", "0.000 ms (0%)", "HierarchicalTopK"],
+    "training_graph": ["TopK", "2.00 ms", "2.50 ms"],
+    "training_defaults": ["float32", "default", "fused", "2.00 ms", "4.0 GiB"],
+    "encoder": ["24576", "10.0 ms, 2.50 GiB", "out of memory"],
     "decoder_step": ["TopK", "128", "2.00 ms, 4.0 GiB, 5.0x faster", "10.0 ms, 20.0 GiB"],
     "losses": ["65536", "zipf", "flex_sae, deterministic", "2.00 ms", "2.50 ms", "out of memory"],
     "sizes": ["1023", "262144", "2.00 ms", "2.50 ms"],
@@ -202,11 +329,31 @@ def test_a_report_has_the_tables_and_the_plot(tmp_path):
     tables = {name: text.split(f"<!-- table:{name} -->")[1].split("<sub>")[0] for name in CELLS}
     for name, cells in CELLS.items():
         assert all(f"| {cell} " in tables[name] for cell in cells), tables[name]
-    assert [tables[name].count("\n|") for name in ("decoder_step", "memory")] == [2 + 6, 2 + 3]
-    assert "<!-- peak memory (GiB) -->" in (tmp_path / "decoder_step.svg").read_text()
+    lines = {"training": 6, "training_parts": 12, "training_graph": 12, "training_defaults": 4, "encoder": 6}
+    for name, count in {**lines, "decoder_step": 6, "memory": 3}.items():
+        assert tables[name].count("\n|") == 2 + count, tables[name]
+    drawn = (tmp_path / "training.svg").read_text()
+    assert "<!-- peak memory (GiB) -->" in drawn and drawn.count("out of memory") == 4
     assert report(tmp_path, text, "--check") == (0, "", text)
     code, printed, _ = report(tmp_path, text.replace("2.50 ms", "2.49 ms", 1), "--check")
     assert (code, printed) == (1, "Not the tables of the results: README.md.\n")
+
+
+def test_the_headline_is_a_training_step(tmp_path):
+    write_results(tmp_path, "training")
+    code, printed, text = report(tmp_path, marked("headline"))
+    assert (code, printed) == (0, "")
+    assert "of B=4096 K=64 F=65536 D=2304 in TF32\ntakes 2.00 ms and 4.0 GiB; 10.0 ms and 20.0 GiB with torch" in text
+
+
+def test_a_check_says_which_results_are_missing(tmp_path):
+    write_results(tmp_path, "sizes")
+    text = marked("headline")
+    complaint = "table headline is not checked: training.jsonl is missing"
+    code, printed, _ = report(tmp_path, text, "--check")
+    assert code == 0 and printed.startswith(complaint)
+    code, printed, _ = report(tmp_path, text + marked("sizes"), "--check")
+    assert code == 1 and printed.startswith(complaint) and "Not the tables of the results" in printed
 
 
 @pytest.mark.parametrize(
