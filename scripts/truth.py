@@ -1,4 +1,4 @@
-"""The losses and their gradients in float64, straight from the formulas: what tests, benchmarks and example compare to.
+"""Losses, encoder and gradients in float64, straight from the formulas: what tests, benchmarks and example compare to.
 
 It is written apart from the package's own torch references, one step of the K axis at a time, so that no tensor is
 larger than ``[F, D]`` or ``[B, D]``.
@@ -27,6 +27,25 @@ class Result(NamedTuple):
     vals: object
     bias: object
     target: object
+
+
+class EncoderProblem(NamedTuple):
+    """The arguments of the sparse encoder, and the gradient of what it returns."""
+
+    x: torch.Tensor  # [B, D]
+    weight: torch.Tensor  # [F, D]
+    bias: torch.Tensor  # [F]
+    indices: torch.Tensor  # [B, K]
+    vals_grad: torch.Tensor  # [B, K]
+
+
+class EncoderResult(NamedTuple):
+    """Pre-activations and gradients, or one number or tensor about each of them."""
+
+    vals: object
+    x: object
+    weight: object
+    bias: object
 
 
 def truth(kind: str, problem: Problem, grad_out: float = 1.0) -> Result:
@@ -69,3 +88,21 @@ def _formulas(kind, problem, grad_out, minus):
             suffix = suffix + minus * residual
     loss = squares / count if count else torch.full_like(bias[0], float("nan"))
     return Result(loss, d_weight, d_vals, d_bias, d_target)
+
+
+@torch.no_grad()
+def encoder_truth(problem: EncoderProblem, absolute: bool = False) -> EncoderResult:
+    """Pre-activations at the indices and gradients in float64; or of absolute inputs, the scale of rounding errors."""
+    x, weight, bias, vals_grad = (
+        tensor.detach().double().abs() if absolute else tensor.detach().double()
+        for tensor in (problem.x, problem.weight, problem.bias, problem.vals_grad)
+    )
+    indices, vals = problem.indices.long(), torch.empty_like(vals_grad)
+    d_x, d_weight, d_bias = torch.zeros_like(x), torch.zeros_like(weight), torch.zeros_like(bias)
+    for step in range(indices.shape[1]):
+        features, grad = indices[:, step], vals_grad[:, step]
+        vals[:, step] = (x * weight[features]).sum(1) + bias[features]
+        d_x.addcmul_(grad[:, None], weight[features])
+        d_weight.index_add_(0, features, grad[:, None] * x)
+        d_bias.index_add_(0, features, grad)
+    return EncoderResult(vals, d_x, d_weight, d_bias)

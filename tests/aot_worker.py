@@ -53,7 +53,7 @@ def rows(n, D, dtype, padding):
 
 
 def launch_everything(flex, dtype, B, F, D, padding):
-    """Every launch of a decoder step, with both algorithms of the hierarchical gradient where a dtype has both."""
+    """Every launch of decoder and encoders, with both algorithms of hierarchical gradients where a dtype has both."""
     ops, K = flex._ops.ops, 32
     accumulation = torch.promote_types(dtype, torch.float32)
     weight, target = (rows(n, D, dtype, padding) for n in (F, B))
@@ -70,6 +70,12 @@ def launch_everything(flex, dtype, B, F, D, padding):
         torch.use_deterministic_algorithms(deterministic)
         ops.hierarchical_backward(scalar, *state, indices, weight, vals, dtype, dtype, True, True, True, True)
     torch.use_deterministic_algorithms(False)
+    features, offsets = torch.empty(F, dtype=dtype), torch.arange(0, B * K + 1, K)
+    ops.topk_encode(target, weight, features, min(K, F), True, dtype)
+    for pairs, starts in (((B, K), None), ((B * K,), offsets)):
+        ops.sparse_encode(target, weight, features, indices.view(pairs), starts, dtype)
+        grads = vals.view(pairs)
+        ops.encode_backward(grads, target, weight, indices.view(pairs), starts, dtype, True, True, True)
 
 
 def main(target, out):

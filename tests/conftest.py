@@ -73,3 +73,10 @@ def device():
 def kind(request):
     """Tests that take it run for both losses."""
     return request.param
+
+
+@pytest.fixture
+def fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

@@ -18,8 +18,10 @@ import sys
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from triton import knobs
-from truth import Problem, Result, magnitude, truth
+from truth import EncoderProblem, EncoderResult, Problem, Result, encoder_truth, magnitude, truth
 
 LOSSES = ("topk", "hierarchical")
 PATTERNS = ("uniform", "all_same", "duplicates", "one_hot_feature", "two_heavy_features", "sorted")
@@ -33,6 +35,9 @@ DTYPES = (torch.float32, torch.float64, torch.float16) + (() if INTERPRETED else
 # Each width compiles every kernel on a GPU, so that the suite shares a dozen: one, primes, powers of two and their
 # neighbours, below, at and above the column tiles (32 to 512); for the interpreter those of one or two tiles.
 WIDTHS = (1, 2, 3, 31, 33, 64, 127) if INTERPRETED else (1, 2, 3, 31, 32, 33, 64, 127, 200, 512, 513, 1031)
+
+# Inductor needs a C++ compiler on a CPU. The ops are the same to both: only what is around them gets compiled.
+BACKEND = "aot_eager" if INTERPRETED else "inductor"
 
 needs_cuda = pytest.mark.skipif(INTERPRETED, reason="needs a CUDA device")
 
@@ -144,6 +149,22 @@ def record_compilations(monkeypatch):
     return compiled
 
 
+class RecordedOps(TorchDispatchMode):
+    """Records the calls of the package's ops and the tensors that they return."""
+
+    def __init__(self, flex):
+        super().__init__()
+        self.namespace = flex._ops._OPS_NAME
+        self.calls, self.outputs = [], []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        outputs = func(*args, **(kwargs or {}))
+        if func.namespace == self.namespace:
+            self.calls.append((func, args))
+            self.outputs += tree_leaves(outputs)
+        return outputs
+
+
 def triton_loss(flex, kind):
     return getattr(flex, f"triton_{kind}_sae_loss")
 
@@ -182,6 +203,17 @@ def magnitudes(kind, problem, grad_out):
     return sizes._replace(weight=d_weight, vals=d_vals)
 
 
+def allowed_error(n, accumulation, size, value, dtype):
+    """How far a sum of magnitude `size` may lie from `value` after n roundings to `accumulation` and one to `dtype`."""
+    # The truth rounds too, in float64.
+    unit = torch.finfo(accumulation).eps / 2 + torch.finfo(torch.float64).eps / 2
+    error = min(n, 4 * math.sqrt(n)) * unit * size + torch.finfo(accumulation).tiny
+    narrow = torch.finfo(dtype)
+    # A float64 sum may pass through float32 on its way to 16 bits; below the normal range a rounding is absolute.
+    store = narrow.eps / 2 + (torch.finfo(torch.float32).eps if dtype.itemsize == 2 else 0)
+    return error + store * (value.abs() + error) + narrow.tiny * narrow.eps / 2
+
+
 def budget(kind, problem, expected, grad_out=1.0):
     """How far each element of a right result may lie from `expected`, the truth."""
     (B, K), D = problem.indices.shape, problem.weight.shape[1]
@@ -195,16 +227,9 @@ def budget(kind, problem, expected, grad_out=1.0):
     roundings = Result(2 * residual + squares, suffix + most_pairs, suffix + D, suffix + B, suffix)
 
     accumulation = accumulation_dtype(problem)
-    # The truth rounds too, in float64.
-    unit = torch.finfo(accumulation).eps / 2 + torch.finfo(torch.float64).eps / 2
 
-    def allowed(n, size, value, dtype):
-        n += scalars
-        error = min(n, 4 * math.sqrt(n)) * unit * size + torch.finfo(accumulation).tiny
-        narrow = torch.finfo(dtype)
-        # A float64 sum may pass through float32 on its way to 16 bits; below the normal range a rounding is absolute.
-        store = narrow.eps / 2 + (torch.finfo(torch.float32).eps if dtype.itemsize == 2 else 0)
-        return error + store * (value.abs() + error) + narrow.tiny * narrow.eps / 2
+    def allowed(n, *operands):
+        return allowed_error(n + scalars, accumulation, *operands)
 
     sizes = magnitudes(kind, problem, grad_out)
     result = Result(*map(allowed, roundings, sizes, expected, result_dtypes(problem)))
@@ -261,3 +286,43 @@ def assert_only_sample_1_is_spoilt(kind, right, result, features=()):
 def relative_error(value, expected):
     """Frobenius norm of the error relative to that of the truth."""
     return (torch.linalg.vector_norm(value.double() - expected) / torch.linalg.vector_norm(expected)).item()
+
+
+def make_encoder_problem(
+    B, K, F, D, *, device, pattern="uniform", dtypes=torch.float32, index_dtype=torch.int64, integers=False, seed=0
+):
+    """Unit-variance x and bias and rows of `weight` of about unit length; or small integers, so that every result is
+    exact in any dtype and has ties. `dtypes` is one dtype, or one for each of x, weight, bias.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+    x_dtype, weight_dtype, bias_dtype = dtypes if isinstance(dtypes, tuple) else (dtypes,) * 3
+    vals_dtype = torch.promote_types(torch.promote_types(x_dtype, weight_dtype), bias_dtype)
+
+    def draw(dtype, *shape):
+        if integers:
+            return torch.randint(-2, 3, shape, generator=generator, device=device).to(dtype)
+        return torch.randn(shape, generator=generator, device=device, dtype=dtype)
+
+    vals_grad = draw(vals_dtype, B, K)
+    vals_grad.view(-1)[4::5] = 0
+    return EncoderProblem(
+        x=draw(x_dtype, B, D),
+        weight=draw(weight_dtype, F, D).mul_(1 if integers else D**-0.5),
+        bias=draw(bias_dtype, F),
+        indices=make_indices(pattern, B, K, F, generator).to(index_dtype),
+        vals_grad=vals_grad,
+    )
+
+
+def encoder_budget(problem, expected):
+    """How far each element of a right result of the sparse encoder may lie from `expected`, the truth."""
+    *leaves, indices, vals_grad = problem
+    accumulation = torch.float64 if any(leaf.dtype == torch.float64 for leaf in leaves) else torch.float32
+    most_pairs = int(torch.bincount(indices.flatten().long(), minlength=1).max())  # of one feature
+    # A product and the additions of each sum; bias comes last.
+    roundings = EncoderResult(problem.x.shape[1] + 2, indices.shape[1] + 1, most_pairs + 1, most_pairs + 1)
+    dtypes = vals_grad.dtype, *(leaf.dtype for leaf in leaves)
+    sizes = encoder_truth(problem, absolute=True)
+    return EncoderResult(
+        *(allowed_error(n, accumulation, *of) for n, *of in zip(roundings, sizes, expected, dtypes, strict=True))
+    )

@@ -54,9 +54,15 @@ def test_every_kernel_compiles_without_a_gpu(compiled, target):
         "_segment_sum_kernel",
         "_reduce_partials_kernel",
         "_sum_dots_kernel",
+        "_sum_coefs_kernel",
         "_column_sum_kernel",
         "_assign_replicas_kernel",
         "_sum_replicas_kernel",
+        "_group_max_kernel",
+        "_select_kernel",
+        "_sparse_dots_kernel",
+        "_add_bias_kernel",
+        "_decode_kernel",
     }
 
 

@@ -7,7 +7,9 @@ from functools import partial
 import pytest
 import torch
 from support import (
+    BACKEND,
     INTERPRETED,
+    RecordedOps,
     assert_right,
     deterministic_algorithms,
     laid_out,
@@ -19,8 +21,7 @@ from support import (
 )
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 from truth import Problem, Result
 
@@ -31,17 +32,6 @@ def test_gradcheck_in_float64(flex, device, kind):
     leaves = [tensor.requires_grad_() for tensor in problem[1:]]
     with deterministic_algorithms():  # atomic additions come in any order
         assert torch.autograd.gradcheck(partial(triton_loss(flex, kind), problem.indices), leaves)
-
-
-# Inductor needs a C++ compiler on a CPU. The ops are the same to both: only what is around them gets compiled.
-BACKEND = "aot_eager" if INTERPRETED else "inductor"
-
-
-@pytest.fixture
-def fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 # With the plain loss, grad_out is a constant: nothing but the refusal tells the penalty that its gradient is missing.
@@ -65,22 +55,6 @@ def saved_bytes(loss, problem):
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
         loss(*problem)
     return sum(t.nbytes for t in kept if t.data_ptr() not in inputs)
-
-
-class RecordedOps(TorchDispatchMode):
-    """Records the calls of the package's ops and the tensors that they return."""
-
-    def __init__(self, flex):
-        super().__init__()
-        self.namespace = flex._ops._OPS_NAME
-        self.calls, self.outputs = [], []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        outputs = func(*args, **(kwargs or {}))
-        if func.namespace == self.namespace:
-            self.calls.append((func, args))
-            self.outputs += tree_leaves(outputs)
-        return outputs
 
 
 @modes

@@ -3,10 +3,11 @@
 import contextlib
 import re
 import warnings
+from functools import partial
 
 import pytest
 import torch
-from support import make_problem, submodule
+from support import make_encoder_problem, make_problem, submodule
 
 pytestmark = pytest.mark.kernels_ci
 
@@ -153,3 +154,163 @@ def test_vals_that_do_not_descend_are_warned_of_on_request(loss, device, monkeyp
         assert warning.filename == __file__  # the line that called the loss
     else:
         assert not caught
+
+
+# The encoders
+
+
+@pytest.fixture(params=["triton_topk", "topk", "triton_sparse", "sparse", "triton_ragged", "ragged"])
+def encode(request, flex):
+    """The encoders and their references as functions of the same named arguments, of which each takes its own."""
+    if "topk" in request.param:
+        names = ("x", "weight", "bias", "k")
+    else:
+        names = ("x", "weight", "bias", "indices", *(("offsets",) if "ragged" in request.param else ()))
+    function = getattr(flex, f"{request.param.replace('ragged', 'sparse')}_encode")
+
+    def call(**arguments):
+        return function(**{name: arguments[name] for name in names})
+
+    call.names = names
+    return call
+
+
+def encoder_arguments(encode, device):
+    """B, K, F, D = 4, 3, 9, 33; of ragged pairs 12."""
+    x, weight, bias, indices, _ = make_encoder_problem(4, 3, 9, 33, device=device)
+    offsets = torch.arange(0, 13, 3, device=device)
+    indices = indices.flatten() if "offsets" in encode.names else indices
+    return {"x": x, "weight": weight, "bias": bias, "k": 3, "indices": indices, "offsets": offsets}
+
+
+ENCODER_SHAPES = {"x": (4, 33), "weight": (9, 33), "bias": (9,)}
+ENCODER_MISTAKES = [
+    *((name, zeros(*shape), ValueError, f"{name} must have shape {message}") for name, shape, message in [
+        ("weight", (9,), "[F, D] with F >= 1 and D >= 1, got (9,)"),
+        ("weight", (0, 33), "[F, D] with F >= 1 and D >= 1, got (0, 33)"),
+        ("weight", (9, 0), "[F, D] with F >= 1 and D >= 1, got (9, 0)"),
+        ("x", (33,), "[B, D] = (B, 33), got (33,)"),
+        ("x", (4, 32), "[B, D] = (B, 33), got (4, 32)"),
+        ("x", (2, 2, 33), f"[B, D] = (B, 33), got (2, 2, 33): {FLATTEN}"),
+        ("bias", (33,), "[F] = (9,), got (33,)"),
+        ("bias", (1, 9), "[F] = (9,), got (1, 9)"),
+    ]),
+    # The weight of a decoder
+    ("weight", zeros(33, 9), ValueError,
+     "x must have shape [B, D] = (B, 9), got (4, 33), and weight (33, 9): pass weight.t()"),
+    *((name, zeros(*shape, dtype=dtype), TypeError,
+       f"{name} must be float16, bfloat16, float32 or float64, got {dtype}")
+      for name, shape in ENCODER_SHAPES.items() for dtype in (torch.int64, torch.complex64)),
+    *((name, lambda device: [[0.0]], TypeError, f"{name} must be a torch.Tensor, got list")
+      for name in (*ENCODER_SHAPES, "indices", "offsets") ),
+    ("x", lambda device: None, TypeError, "x must be a torch.Tensor, got NoneType"),
+    ("indices", lambda device: None, TypeError, "indices must be a torch.Tensor, got NoneType"),
+    ("weight", lambda device: torch.nn.Linear(33, 9, device=device), TypeError,
+     "weight must be a torch.Tensor, got Linear; pass its .weight"),
+    ("x", lambda device: torch.zeros(4, 33, device=device).to_sparse(), TypeError, f"x {DENSE} torch.sparse_coo"),
+    *(("k", lambda device, k=k: k, TypeError, f"k must be an int, got {type(k).__name__}")
+      for k in (3.0, "3", None, True, torch.tensor(3))),
+    *(("k", lambda device, k=k: k, ValueError, f"k must be in [1, F] = [1, 9], got {k}") for k in (0, -1, 10)),
+    *((name, lambda device, dtype=dtype: torch.zeros(4, 3, device=device, dtype=dtype), TypeError,
+       f"{name} must be int32 or int64, got {dtype}")
+      for name in ("indices", "offsets") for dtype in (torch.float32, torch.int16, torch.bool)),
+    *(("offsets", zeros(*shape, dtype=torch.int32), ValueError,
+       f"offsets must have shape [B + 1] = (5,), got {shape}") for shape in ((4,), (6,), (5, 1))),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, wrong, error, message", ENCODER_MISTAKES, ids=[m[-1] for m in ENCODER_MISTAKES])
+def test_a_mistake_to_an_encoder_is_named(encode, device, name, wrong, error, message):
+    arguments = {**encoder_arguments(encode, device), name: wrong(device)}
+    if name not in encode.names:
+        encode(**arguments)  # and does not see it
+        return
+    with pytest.raises(error, match=f"^{re.escape(message)}$"):
+        encode(**arguments)
+
+
+@pytest.mark.parametrize(
+    "shape, ragged, message",
+    [
+        ((12,), False, "[B, K] = (4, K), got (12,)"),
+        ((5, 3), False, "[B, K] = (4, K), got (5, 3)"),
+        ((4, 3, 1), False, f"[B, K] = (4, K), got (4, 3, 1): {FLATTEN}"),
+        ((4, 3), True, "[P] where there are offsets, got (4, 3)"),
+    ],
+)
+def test_indices_are_flat_where_there_are_offsets_and_only_there(flex, device, shape, ragged, message):
+    x, weight, bias, *_ = make_encoder_problem(4, 3, 9, 33, device=device)
+    indices = torch.zeros(shape, dtype=torch.int64, device=device)
+    offsets = torch.arange(5, device=device) if ragged else None
+    for function in (flex.triton_sparse_encode, flex.sparse_encode):
+        with pytest.raises(ValueError, match=f"^{re.escape(f'indices must have shape {message}')}$"):
+            function(x, weight, bias, indices, offsets=offsets)
+
+
+@pytest.mark.parametrize("name", ["x", "bias", "indices", "offsets"])
+def test_tensors_of_an_encoder_on_two_devices_are_named(encode, device, name):
+    arguments = encoder_arguments(encode, device)
+    arguments[name] = arguments[name].to("meta")
+    if name not in encode.names:
+        encode(**arguments)  # and does not see it
+        return
+    message = f"{name} must be on the device of weight, {arguments['weight'].device}, got meta"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        encode(**arguments)
+
+
+@pytest.mark.parametrize(
+    "B, K, F, D",
+    [
+        (2**22, 1024, 2000, 33),  # B * K
+        (2**30, 1, 9, 33),  # B * ceil(D / 32)
+        (4, 1, 2**30, 33),  # F * ceil(D / 32)
+        (4, 1, 9, 2**20 + 1),
+    ],
+)
+def test_sizes_that_are_too_large_for_an_encoder_are_named(flex, device, B, K, F, D):
+    number = torch.zeros((), device=device)
+    x, weight, bias = number.expand(B, D), number.expand(F, D), number.expand(F)
+    rest = "B * ceil(D / 32), F * ceil(D / 32) <= 2**31 - 2**21 and D <= 2**20, got "
+    indices, offsets = number.long(), number.long().expand(B + 1)
+    for prefix in ("triton_", ""):
+        topk, sparse = (getattr(flex, f"{prefix}{name}_encode") for name in ("topk", "sparse"))
+        for call, pairs, got in (
+            (lambda topk=topk: topk(x, weight, bias, K), "B * k", f"B={B}, k={K}"),
+            (lambda sparse=sparse: sparse(x, weight, bias, indices.expand(B, K)), "B * K", f"B={B}, K={K}"),
+            (
+                lambda sparse=sparse: sparse(x, weight, bias, indices.expand(B * K), offsets=offsets),
+                "P",
+                f"B={B}, P={B * K}",
+            ),
+        ):
+            message = f"sizes must satisfy {pairs}, {rest}{got}, F={F}, D={D}"
+            with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+                call()
+
+
+@pytest.mark.parametrize("index", [-1, 9, 2**31 - 1])
+@pytest.mark.parametrize("encode", ["triton_sparse", "sparse", "triton_ragged", "ragged"], indirect=True)
+def test_an_index_out_of_range_of_an_encoder_is_named_on_request(encode, device, monkeypatch, index):
+    arguments = encoder_arguments(encode, device)
+    place = [7] if "offsets" in encode.names else [2, 1]
+    arguments["indices"][tuple(place)] = index
+    assert encode(**arguments)[tuple(place)].isnan()
+    monkeypatch.setenv("FLEX_SAE_CHECK_INDICES", "1")
+    message = f"indices must lie in [0, F) = [0, 9), got {index} at {place}"
+    with pytest.raises(IndexError, match=f"^{re.escape(message)}$"):
+        encode(**arguments)
+
+
+@pytest.mark.parametrize("name", ["triton_sparse_encode", "sparse_encode"])
+@pytest.mark.parametrize("offsets", [[0, 4, 3, 6, 12], [1, 3, 6, 9, 12], [-1, 3, 6, 9, 12], [0, 3, 6, 9, 13]], ids=str)
+def test_offsets_that_do_not_ascend_are_named_on_request(flex, device, monkeypatch, name, offsets):
+    monkeypatch.setenv("FLEX_SAE_CHECK_INDICES", "1")
+    x, weight, bias, indices, _ = make_encoder_problem(4, 3, 9, 33, device=device)
+    encode = partial(getattr(flex, name), x, weight, bias, indices.flatten())
+    spare = indices.flatten().clone()
+    spare[10:] = -1  # which nobody follows
+    getattr(flex, name)(x, weight, bias, spare, offsets=torch.tensor([0, 0, 3, 9, 10], device=device))
+    message = f"offsets must ascend from 0 to at most P = 12, got {offsets}"
+    with pytest.raises(IndexError, match=f"^{re.escape(message)}$"):
+        encode(offsets=torch.tensor(offsets, device=device))

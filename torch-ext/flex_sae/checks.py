@@ -50,7 +50,7 @@ def check_encode_inputs(
     """Raise TypeError or ValueError, naming the argument, unless the arguments of the encoder fit together."""
     _check_encoder(x, weight, bias)
     F = len(weight)
-    if not isinstance(k, int):
+    if not isinstance(k, int) or isinstance(k, bool):
         raise TypeError(f"k must be an int, got {type(k).__name__}")
     if not 1 <= k <= F:
         raise ValueError(f"k must be in [1, F] = [1, {F}], got {k}")
