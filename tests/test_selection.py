@@ -54,6 +54,7 @@ def test_the_k_largest_are_those_of_a_stable_sort(flex, device, R, F, share, val
     with pytest.MonkeyPatch.context() as patch:
         if not fast:
             patch.setattr(selection, "_MAX_K", 0)
+            x = x + 0 if dtype in (f32, f64) else x  # no -0.0, like pre-activations
         assert_selected(flex, x, k, relu)
 
 

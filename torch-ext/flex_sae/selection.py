@@ -23,8 +23,8 @@ _MAX_SORTED = 4096
 _GROUP = 32
 # Groups of a program, four warps, that takes maxima: at the speed of DRAM in float32. In bfloat16 128 take 10% longer.
 _BLOCK_G = 64
-# Keys that a row's program, four warps, looks at together. 512 and 2048 are up to 20% slower.
-_BLOCK = 1024
+# Bytes of keys that a row's program, four warps, looks at together. 2 and 8 KiB are up to 20% slower.
+_BLOCK_BYTES = 4096
 # Ranks, and keys that each is compared with, at a time
 _RANK_BLOCK_I, _RANK_BLOCK_J = 64, 32
 
@@ -235,22 +235,24 @@ def select_largest(
         groups,
         RELU=relu,
         GROUP=_GROUP,
-        BLOCK=_BLOCK,
+        BLOCK=_BLOCK_BYTES // keys.itemsize,
         BLOCK_I=_RANK_BLOCK_I,
         BLOCK_J=_RANK_BLOCK_J,
     )
 
 
 def _select_by_sorting(x, vals, indices, relu):
+    """x is what `linear` gives: in float32 and float64 it has no -0.0."""
     k = vals.shape[1]
     if x.is_cuda and x.shape[1] > _MAX_SORTED:
-        # Of equal elements torch.topk takes the first ones on CUDA, in order unless it sorts them; but -0.0, to which
-        # float16 rounds small numbers, comes after 0.0.
-        largest = torch.topk(x + 0 if x.dtype == torch.float16 else x, k, dim=1, sorted=False)
-        order = largest.values.sort(dim=1, descending=True, stable=True)
+        # Of equal elements torch.topk takes the first ones on CUDA, in order unless it sorts them. -0.0 is not equal to
+        # 0.0 there, but adding 0 makes it so.
+        largest = torch.topk(x + 0 if x.dtype.itemsize == 2 else x, k, dim=1, sorted=False)
+        order = (largest.values + 0).sort(dim=1, descending=True, stable=True)
         torch.gather(largest.indices, 1, order.indices, out=indices)
     else:
-        order = x.sort(dim=1, descending=True, stable=True)
+        # On CUDA torch.sort takes a NaN with a sign for the smallest number; adding 0 removes the sign.
+        order = (x + 0).sort(dim=1, descending=True, stable=True)
         indices.copy_(order.indices[:, :k])
     vals.copy_(order.values[:, :k])
     if relu:
