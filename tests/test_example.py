@@ -22,7 +22,7 @@ ENCODER = ("selection", "d x", "d weight", "d bias")
 # The higher of two equal features first
 OTHER_TIES = """
 def triton_topk_encode(x, weight, bias, k):
-    vals, indices = topk_encode(x, weight.flip(0), bias.flip(0), k)
+    vals, indices = topk_encode(x, weight.flip(0), None if bias is None else bias.flip(0), k)
     return vals, len(weight) - 1 - indices
 """
 # 1% off in the loss is 1% off in its gradients

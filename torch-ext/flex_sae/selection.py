@@ -7,6 +7,8 @@ threshold until k elements reach it, or until it is one value, of which the firs
 as integers in the order of floats: NaN is the largest, zeros of both signs are equal.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -248,12 +250,16 @@ def _select_by_sorting(x, vals, indices, relu):
         # Of equal elements torch.topk takes the first ones on CUDA, in order unless it sorts them. -0.0 is not equal to
         # 0.0 there, but adding 0 makes it so.
         largest = torch.topk(x + 0 if x.dtype.itemsize == 2 else x, k, dim=1, sorted=False)
-        order = (largest.values + 0).sort(dim=1, descending=True, stable=True)
+        order = _sort(largest.values)
         torch.gather(largest.indices, 1, order.indices, out=indices)
     else:
-        # On CUDA torch.sort takes a NaN with a sign for the smallest number; adding 0 removes the sign.
-        order = (x + 0).sort(dim=1, descending=True, stable=True)
+        order = _sort(x)
         indices.copy_(order.indices[:, :k])
     vals.copy_(order.values[:, :k])
     if relu:
         vals.relu_()
+
+
+def _sort(x):
+    # On CUDA torch.sort may take a NaN with a sign for the smallest number.
+    return x.nan_to_num(math.nan, math.inf, -math.inf).sort(dim=1, descending=True, stable=True)
