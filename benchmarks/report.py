@@ -104,19 +104,19 @@ def headline(results: list[dict]) -> str:
 
 
 def training(results: list[dict], loss: str = "hierarchical") -> str:
+    """Time, how many times that of the package it is, and peak memory."""
     chosen = training_step(results, loss)
     ours = {(case_of(r), r["precision"]): r for r in chosen if r["row"] == "flex_sae"}
 
     def figures(record):
-        text = f"{milliseconds(record['ms'])}, {record['total_gib']:.1f} GiB"
-        own = ours[case_of(record), record["precision"]]
+        own, factor = ours[case_of(record), record["precision"]], ""
         if record is not own and own["status"] == "ok":
-            text += f", flex_sae {record['ms'] / own['ms']:.1f}x faster"
-        return text
+            factor = f" ({record['ms'] / own['ms']:.1f}x)"
+        return f"{milliseconds(record['ms'])}{factor}, {record['total_gib']:.1f} GiB"
 
     return pivot(
         chosen,
-        lambda r: {**shape_of(r), "precision": r["precision"]},
+        lambda r: {"B, K, F, D": ", ".join(str(size) for size in shape_of(r).values()), "precision": r["precision"]},
         lambda r: {r["row"]: cell(r, figures)},
     )
 

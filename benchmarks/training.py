@@ -164,7 +164,8 @@ def parts(case: Case, made: TrainingInputs, package: ModuleType, optimizer) -> d
 
     encoded = [encode(x) for x in centred]
     leaves = [chosen.detach().requires_grad_() for chosen, _ in encoded]
-    make_step(case, made, training_function(package.triton_topk_encode, loss, k), optimizer)(0)  # gradients for Adam
+    make_step(case, made, training_function(package.triton_topk_encode, loss, k))(0)
+    gradients = [leaf.grad for leaf in made.leaves]
     vals_grad = made.vals_grad.to(vals.dtype)
 
     def loss_and_gradients(i):
@@ -175,10 +176,15 @@ def parts(case: Case, made: TrainingInputs, package: ModuleType, optimizer) -> d
     def encoder_gradients(i):
         torch.autograd.grad(encoded[i][0], [encoder, encoder_bias, bias], vals_grad, retain_graph=True)
 
+    def adam(i):
+        for leaf, gradient in zip(made.leaves, gradients, strict=True):
+            leaf.grad = gradient
+        optimizer.step()
+
     return {
         "matmul": matmul,
         "encode": torch.no_grad()(lambda i: encode(centred[i])),
         "loss": loss_and_gradients,
         "encoder gradients": encoder_gradients,
-        "Adam": lambda i: optimizer.step(),
+        "Adam": adam,
     }

@@ -303,8 +303,8 @@ def marked(name):
 
 CELLS = {
     "training": [
-        *("2.00 ms, 4.0 GiB", "10.0 ms, 20.0 GiB, flex_sae 5.0x faster"),
-        *("1.00 ms, 4.0 GiB", "10.0 ms, 20.0 GiB, flex_sae 10.0x faster", "out of memory"),
+        *("2.00 ms, 4.0 GiB", "10.0 ms (5.0x), 20.0 GiB"),
+        *("1.00 ms, 4.0 GiB", "10.0 ms (10.0x), 20.0 GiB", "out of memory"),
     ],
     "training_topk": ["TF32", "2.00 ms, 4.0 GiB"],
     "training_parts": ["10.0 ms (25%)", "0.000 ms (0%)", "HierarchicalTopK"],
