@@ -154,8 +154,8 @@ def test_many_blocks_of_samples_give_what_one_does(flex, device, monkeypatch):
     kernels, blocks = submodule(flex, "encode_kernels"), []
     select = kernels.select_largest
     monkeypatch.setattr(kernels, "select_largest", lambda pre, *out: blocks.append(len(pre)) or select(pre, *out))
-    monkeypatch.setattr(kernels, "_BLOCK_BYTES", 0)
-    monkeypatch.setattr(kernels, "_MIN_BLOCK", 1)
+    monkeypatch.setattr(kernels, "_PRE_BYTES", 0)
+    monkeypatch.setattr(kernels, "_MIN_ROWS", 1)
     assert all(map(torch.equal, flex.triton_topk_encode(x, weight, bias, 3), flex.topk_encode(x, weight, bias, 3)))
     assert blocks == [128, 12]
 
@@ -244,6 +244,17 @@ def test_ragged_pairs_are_those_of_their_samples_and_spare_room_is_zero(flex, de
     expected = encoder_truth(fixed)
     true = torch.nn.functional.pad(expected.vals[exists], (0, spare))
     assert_exact(result, expected._replace(vals=true))
+
+
+@pytest.mark.parametrize("name", ["triton_sparse_encode", "sparse_encode"])
+@pytest.mark.parametrize("B", [0, 2])
+def test_spare_room_belongs_to_no_sample(flex, device, name, B):
+    x = torch.full((B, 33), float("inf"), device=device, requires_grad=True)
+    weight = torch.ones(9, 33, device=device, requires_grad=True)
+    spare, offsets = torch.tensor([0, 5, 77], device=device), torch.zeros(B + 1, dtype=torch.int64, device=device)
+    vals = getattr(flex, name)(x, weight, None, spare, offsets=offsets)
+    for result in (vals, *torch.autograd.grad(vals, (x, weight), torch.ones_like(vals))):
+        assert not result.count_nonzero()
 
 
 @pytest.mark.parametrize("name", ["triton_sparse_encode", "sparse_encode"])
@@ -470,8 +481,9 @@ def test_tensors_may_live_on_a_device_that_is_not_current(flex, encoder):
 
 @needs_cuda
 @pytest.mark.parametrize("dtype", [f32, torch.bfloat16], ids=str)
-def test_the_encoder_takes_300_mib_beyond_its_gradients(flex, dtype):
-    B, K, F, D = 8192, 64, 65536, 512
+@pytest.mark.parametrize("K, F", [(64, 65536), (300, 4096), (300, 24576)])
+def test_the_encoder_takes_300_mib_beyond_its_gradients(flex, K, F, dtype):
+    B, D = 8192, 512
     leaves = [t.requires_grad_() for t in make_encoder_problem(B, K, F, D, device="cuda", dtypes=dtype)[:3]]
 
     def step():

@@ -82,8 +82,10 @@ def check_sparse_encode_inputs(
     name = "P" if indices.dim() == 1 else "B * K"
     _check_sizes(name, indices.numel(), B=B, **pairs, F=len(weight), D=x.shape[1])
     if _checks_values():
-        _check_offsets(indices, offsets)
-        _check_indices(indices if offsets is None else indices[offsets[0] : offsets[-1]], len(weight))
+        if offsets is not None:
+            _check_offsets(indices, offsets)
+            indices = indices[: offsets[-1]]
+        _check_indices(indices, len(weight))
 
 
 def _check_encoder(x, weight, bias):
@@ -168,5 +170,5 @@ def _check_indices(indices, F):
 
 
 def _check_offsets(indices, offsets):
-    if offsets is not None and (offsets[0] != 0 or (offsets.diff() < 0).any() or offsets[-1] > len(indices)):
+    if offsets[0] != 0 or (offsets.diff() < 0).any() or offsets[-1] > len(indices):
         raise IndexError(f"offsets must ascend from 0 to at most P = {len(indices)}, got {offsets.tolist()}")

@@ -29,10 +29,10 @@ from .tiles import cdiv, gather_columns, load_offsets, next_power_of_2, row_alig
 
 # pre and the selection take up to 300 MiB, or 1024 samples: with fewer the matmul reads weight too often. On an H100
 # (B=4096, F=65536, D=2304, TF32) it takes 3.81 ms with 1024 at a time, 3.95 with 512, 4.24 with 256; 3.55 with all.
-_BLOCK_BYTES, _MIN_BLOCK = 300 * 2**20, 1024
+_PRE_BYTES, _MIN_ROWS = 300 * 2**20, 1024
 # Steps of a tile of the sparse product, and how much wider it is than one of the decode. On an H100 (B=4096, K=64,
 # F=65536, D=2304) 8 steps of once, twice, four times the columns take 0.49, 0.43, 0.59 ms, 16 take 0.51, 0.48, 0.58.
-_BLOCK_K, _WIDER = 8, 2
+_BLOCK_K, _TILE_SCALE = 8, 2
 # Pairs of a program, four warps, that adds up the shares of dot products.
 _BLOCK_P = 128
 
@@ -121,9 +121,9 @@ def _topk_encode(
     B, F = len(x), len(weight)
     vals, indices = x.new_empty(B, k, dtype=dtype), x.new_empty(B, k, dtype=torch.int64)
     weight = weight.to(dtype)  # once, and not in every block
-    rows = max(_MIN_BLOCK, _BLOCK_BYTES // selection_bytes(F, k, dtype))
-    rows = cdiv(B, cdiv(B, rows))  # blocks of one size
-    rows = cdiv(rows, 128) * 128  # whole tiles of a matmul
+    # Blocks of one size, of whole tiles of a matmul
+    rows = max(_MIN_ROWS, _PRE_BYTES // selection_bytes(F, k, dtype) // 128 * 128)
+    rows = cdiv(cdiv(B, cdiv(B, rows)), 128) * 128
     with device_of(x):
         for start in range(0, B, rows):
             block = slice(start, start + rows)
@@ -143,10 +143,10 @@ def _sparse_encode(
     (B, D), F, P = x.shape, len(weight), indices.numel()
     x, weight, indices = unit_stride_rows(x), unit_stride_rows(weight), indices.contiguous()
     offsets = None if offsets is None else offsets.contiguous()
-    sums = compute_dtype(x, weight) if bias is None else compute_dtype(x, weight, bias)
+    sums = torch.promote_types(dtype, torch.float32)
     K = 0 if offsets is not None else indices.shape[1]
     block_k = _BLOCK_K if offsets is not None else min(_BLOCK_K, next_power_of_2(K))
-    block_d = min(_WIDER * gather_columns(weight, sums), next_power_of_2(D))
+    block_d = min(_TILE_SCALE * gather_columns(weight, sums), next_power_of_2(D))
     tiles = cdiv(D, block_d)
     vals = x.new_empty(indices.shape, dtype=dtype)
     dots = x.new_empty(tiles, P, dtype=sums)
@@ -199,7 +199,7 @@ def _encode_backward(
     (B, D), F = x.shape, len(weight)
     vals_grad, indices = vals_grad.contiguous(), indices.contiguous()
     offsets = None if offsets is None else offsets.contiguous()
-    dtype = compute_dtype(x, weight, vals_grad)
+    dtype = compute_dtype(vals_grad)  # float64 if any input is
     x_grad = x.new_empty(0)
     weight_grad = weight.new_empty((F, D) if needs_weight else 0)
     bias_grad = weight.new_empty(F if needs_bias else 0, dtype=bias_dtype)
@@ -271,6 +271,7 @@ class TopKEncode(torch.autograd.Function):
     def forward(ctx, x, weight, bias, k, relu, dtype):
         vals, indices = ops.topk_encode(x, weight, bias, k, relu, dtype)
         ctx.mark_non_differentiable(indices)
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, weight, vals if relu else None, indices)
         ctx.bias_dtype = weight.dtype if bias is None else bias.dtype
         return vals, indices
@@ -278,6 +279,8 @@ class TopKEncode(torch.autograd.Function):
     @staticmethod
     def backward(ctx, vals_grad, _):
         refuse_second_derivative("triton_topk_encode")
+        if vals_grad is None:
+            return (None,) * 6
         x, weight, vals, indices = ctx.saved_tensors
         if vals is not None:
             vals_grad = torch.ops.aten.threshold_backward(vals_grad, vals, 0)
@@ -319,7 +322,7 @@ def triton_topk_encode(
         weight: ``[F, D]``, the encoder, as the weight of ``nn.Linear(D, F)``. Another layout than rows with unit stride
             costs a copy in the backward pass where x requires a gradient.
         bias: ``[F]``, or None.
-        k: in ``[1, F]``. Beyond 256 the selection is that of ``torch.topk``.
+        k: in ``[1, F]``. Beyond 256 the selection is that of ``torch.topk``, or ``torch.sort`` where F is small.
         relu: whether negative vals become zero. Their pairs then have no gradient.
 
     x, weight and bias are float16, bfloat16, float32 or float64 in any mixture, and are promoted to one dtype, or under

@@ -89,14 +89,14 @@ def order_pairs(
 ) -> OrderedPairs:
     """The pairs ordered by feature, with coefficients in ``dtype``, and with their samples or with slots.
 
-    With ``offsets`` the pairs of sample b are ``offsets[b]:offsets[b + 1]``; others get a coefficient of zero."""
+    With ``offsets`` the pairs of sample b are ``offsets[b]:offsets[b + 1]``; others belong to no segment."""
     K, P = 1 if indices.dim() == 1 else indices.shape[1], indices.numel()
     pair_samples = None
     if offsets is not None:
         B, places = len(offsets) - 1, torch.arange(P, dtype=offsets.dtype, device=offsets.device)
         pair_samples = torch.searchsorted(offsets, places, right=True, out_int32=True) - 1
         spare = (pair_samples < 0) | (pair_samples >= B)
-        indices, vals = indices.masked_fill(spare, 0), vals.masked_fill(spare, 0)
+        indices = indices.masked_fill(spare, 0)
         pair_samples = pair_samples.clamp(0, B - 1)
     # `out` narrows without an int64 temporary. Truncated keys sort as the results of _load_feature do.
     short = _MAX_SHORT_KEYS.value >= F
@@ -127,4 +127,6 @@ def order_pairs(
         F,
         BLOCK_P=_BLOCK_P,
     )
+    if offsets is not None:
+        pairs.segments[0, 1] -= spare.sum()  # they stand behind the pairs of feature 0
     return pairs

@@ -245,8 +245,9 @@ def _sum_coefs_kernel(
     end = tl.load(segment_ptrs + 1, mask=feature < F, other=0)
     total = tl.zeros([BLOCK_F], coefs_ptr.dtype.element_ty)
     for first in range(0, tl.max(end - start), BLOCK_P):
-        p = start[:, None] + first + tl.arange(0, BLOCK_P)[None, :]
-        total += tl.sum(tl.load(coefs_ptr + p, mask=p < end[:, None], other=0.0), axis=1)
+        place = first + tl.arange(0, BLOCK_P)[None, :]  # within the segment, so that none overflows
+        mask = place < (end - start)[:, None]
+        total += tl.sum(tl.load(coefs_ptr + start[:, None] + place, mask=mask, other=0.0), axis=1)
     tl.store(sums_ptr + feature, total, mask=feature < F)
 
 

@@ -204,6 +204,9 @@ def _groups(F):
 
 def selection_bytes(F: int, k: int, dtype: torch.dtype) -> int:
     """The memory of a row and of its selection."""
+    if k > _MAX_K:  # what torch takes, about
+        sorted_elements = F if F <= _MAX_SORTED else k
+        return 2 * F * dtype.itemsize + 4 * sorted_elements * (dtype.itemsize + 8)
     keys = 8 if dtype == torch.float64 else 4
     return F * dtype.itemsize + (_groups(F) + k * _GROUP) * keys + 8 * k
 
@@ -244,11 +247,10 @@ def select_largest(
 
 
 def _select_by_sorting(x, vals, indices, relu):
-    """x is what `linear` gives: in float32 and float64 it has no -0.0."""
     k = vals.shape[1]
     if x.is_cuda and x.shape[1] > _MAX_SORTED:
         # Of equal elements torch.topk takes the first ones on CUDA, in order unless it sorts them. -0.0 is not equal to
-        # 0.0 there, but adding 0 makes it so.
+        # 0.0 there, but adding 0 makes it so. (In float32 only underflow gives -0.0.)
         largest = torch.topk(x + 0 if x.dtype.itemsize == 2 else x, k, dim=1, sorted=False)
         order = _sort(largest.values)
         torch.gather(largest.indices, 1, order.indices, out=indices)
