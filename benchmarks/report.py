@@ -27,12 +27,8 @@ class ReportError(Exception):
     """What keeps a report from being written, in one sentence."""
 
 
-class MissingResults(ReportError):
-    """A suite has not been run."""
-
-
 def milliseconds(ms: float) -> str:
-    return f"{ms:.{3 if ms < 1 else 2 if ms < 10 else 1}f} ms"
+    return f"{ms:.{3 if ms < 0.9995 else 2 if ms < 9.995 else 1}f} ms"
 
 
 def cell(record: dict, write) -> str:
@@ -104,7 +100,7 @@ def headline(results: list[dict]) -> str:
 
 
 def training(results: list[dict], loss: str = "hierarchical") -> str:
-    """Time, how many times that of the package it is, and peak memory."""
+    """Milliseconds, how many times those of the package they are, and GiB."""
     chosen = training_step(results, loss)
     ours = {(case_of(r), r["precision"]): r for r in chosen if r["row"] == "flex_sae"}
 
@@ -112,11 +108,11 @@ def training(results: list[dict], loss: str = "hierarchical") -> str:
         own, factor = ours[case_of(record), record["precision"]], ""
         if record is not own and own["status"] == "ok":
             factor = f" ({record['ms'] / own['ms']:.1f}x)"
-        return f"{milliseconds(record['ms'])}{factor}, {record['total_gib']:.1f} GiB"
+        return f"{milliseconds(record['ms']).removesuffix(' ms')}{factor}, {record['total_gib']:.1f}"
 
     return pivot(
         chosen,
-        lambda r: {"B, K, F, D": ", ".join(str(size) for size in shape_of(r).values()), "precision": r["precision"]},
+        lambda r: {"B/K/F/D": "/".join(str(size) for size in shape_of(r).values()), "precision": r["precision"]},
         lambda r: {r["row"]: cell(r, figures)},
     )
 
@@ -234,7 +230,7 @@ class Results:
         if name not in self.suites:
             path = self.folder / f"{name}.jsonl"
             if not path.is_file():
-                raise MissingResults(f"{path.name} is missing: run `python benchmarks/run.py --suite {name}` on a GPU.")
+                raise ReportError(f"{path.name} is missing: run `python benchmarks/run.py --suite {name}` on a GPU.")
             about, lines = records.load(path)
             for other, (known, _) in self.suites.items():
                 for key in ("commit", "gpu"):
@@ -257,20 +253,13 @@ class Results:
         return f"{TABLES[name](lines)}\n\n{source}"
 
 
-def fill(text: str, results: Results, check: bool) -> str:
-    """A document with its tables written anew. A check leaves those of a suite that has not been run, and says so."""
+def fill(text: str, results: Results) -> str:
+    """A document with its tables written anew."""
     if len(MARKED.findall(text)) != text.count("<!-- table:"):
         raise ReportError("A <!-- table:NAME --> has no <!-- /table --> of its own.")
 
     def marked(match):
-        try:
-            table = results.table(match[1])
-        except MissingResults as error:
-            if not check:
-                raise
-            print(f"table {match[1]} is not checked: {error}", file=sys.stderr)
-            return match[0]
-        return f"<!-- table:{match[1]} -->\n\n{table}\n\n<!-- /table -->"
+        return f"<!-- table:{match[1]} -->\n\n{results.table(match[1])}\n\n<!-- /table -->"
 
     return MARKED.sub(marked, text)
 
@@ -321,7 +310,7 @@ def report(documents: list[Path], folder: Path, check: bool) -> list[Path]:
     for document in documents:
         text = document.read_text()
         try:
-            filled = fill(text, results, check)
+            filled = fill(text, results)
         except ReportError as error:
             raise ReportError(f"{document.name}: {error}") from None
         if filled != text:
