@@ -78,14 +78,15 @@ def _formulas(kind, problem, grad_out, minus):
     factor = 2 * grad_out / max(count, 1)
     d_bias, d_target = factor * suffix.sum(0), minus * factor * suffix
     d_weight, d_vals = torch.zeros_like(weight), torch.zeros_like(vals)
-    residual = bias + minus * target
-    for step in range(K):
+    # From the last step to the first, so that the short sums of late steps are not differences of long ones
+    tail = torch.zeros_like(target)
+    for step in reversed(range(K)):
         row, val = weight[indices[:, step]], vals[:, step, None]
-        d_weight.index_add_(0, indices[:, step], val * suffix, alpha=factor)
-        d_vals[:, step] = factor * (row * suffix).sum(1)
+        tail = tail + residual if hierarchical else residual
+        d_weight.index_add_(0, indices[:, step], val * tail, alpha=factor)
+        d_vals[:, step] = factor * (row * tail).sum(1)
         if hierarchical:
-            residual = torch.addcmul(residual, val, row)
-            suffix = suffix + minus * residual
+            residual = torch.addcmul(residual, val, row, value=minus)
     loss = squares / count if count else torch.full_like(bias[0], float("nan"))
     return Result(loss, d_weight, d_vals, d_bias, d_target)
 

@@ -56,7 +56,7 @@ def test_the_build_in_local_kernels_is_loaded_and_what_is_off_in_it_is_a_mismatc
     for variant in build_local.build(tmp_path):
         with (variant / "__init__.py").open("a") as init:
             init.write(f"\n{code}")
-    ran = run_example(LOCAL_KERNELS=f"t-tech/flex-sae={tmp_path}")
+    ran = run_example("-B", "40", LOCAL_KERNELS=f"t-tech/flex-sae={tmp_path}")  # enough samples for ties
     assert ran.returncode == 1, ran.stdout + ran.stderr
     assert ran.stdout.count(" MISMATCH\n") == wrong
     assert ran.stdout.endswith("MISMATCH: a result is outside its bound\n")

@@ -27,8 +27,8 @@ _GROUP = 32
 _BLOCK_G = 64
 # Bytes of keys that a row's program, four warps, looks at together. 2 and 8 KiB are up to 20% slower.
 _BLOCK_BYTES = 4096
-# Ranks, and keys that each is compared with, at a time
-_RANK_BLOCK_I, _RANK_BLOCK_J = 64, 32
+# Bytes of keys that get their ranks at a time, and keys that each is compared with
+_RANK_BYTES, _RANK_BLOCK_J = 256, 32
 
 
 @triton.jit
@@ -192,7 +192,7 @@ def _select_kernel(
         element = (first_group + tl.load(groups_ptr + place // GROUP)) * GROUP + place % GROUP
         val = tl.load(x_ptr + element, mask=i < k, other=0.0)
         if RELU:
-            val = tl.where(val <= 0, 0.0, val)
+            val = tl.where(key <= 0, 0.0, val)
         tl.store(vals_ptr + row * k + rank, val, mask=i < k)
         tl.store(indices_ptr + row * k + rank, element - row_start, mask=i < k)
 
@@ -241,7 +241,7 @@ def select_largest(
         RELU=relu,
         GROUP=_GROUP,
         BLOCK=_BLOCK_BYTES // keys.itemsize,
-        BLOCK_I=_RANK_BLOCK_I,
+        BLOCK_I=_RANK_BYTES // keys.itemsize,
         BLOCK_J=_RANK_BLOCK_J,
     )
 
