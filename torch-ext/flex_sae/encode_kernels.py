@@ -143,13 +143,13 @@ def _sparse_encode(
     (B, D), F, P = x.shape, len(weight), indices.numel()
     x, weight, indices = unit_stride_rows(x), unit_stride_rows(weight), indices.contiguous()
     offsets = None if offsets is None else offsets.contiguous()
-    sums = torch.promote_types(dtype, torch.float32)
+    accumulated = torch.promote_types(dtype, torch.float32)
     K = 0 if offsets is not None else indices.shape[1]
     block_k = _BLOCK_K if offsets is not None else min(_BLOCK_K, next_power_of_2(K))
-    block_d = min(_TILE_SCALE * gather_columns(weight, sums), next_power_of_2(D))
+    block_d = min(_TILE_SCALE * gather_columns(weight, accumulated), next_power_of_2(D))
     tiles = cdiv(D, block_d)
     vals = x.new_empty(indices.shape, dtype=dtype)
-    dots = x.new_empty(tiles, P, dtype=sums)
+    dots = x.new_empty(tiles, P, dtype=accumulated)
     with device_of(x):
         _sparse_dots_kernel[(B, tiles)](
             dots,

@@ -84,7 +84,7 @@ def unchecked_topk_encode(x, weight, bias, k, relu, dtype):
 
 
 def unchecked_sparse_encode(x, weight, bias, indices, offsets, dtype):
-    sums = torch.promote_types(dtype, torch.float32)
+    accumulated = torch.promote_types(dtype, torch.float32)
     (B, F), P = (len(x), len(weight)), indices.numel()
     if offsets is None:
         samples = torch.arange(B, device=x.device).repeat_interleave(indices.shape[1])
@@ -92,13 +92,13 @@ def unchecked_sparse_encode(x, weight, bias, indices, offsets, dtype):
         samples = torch.searchsorted(offsets, torch.arange(P, dtype=offsets.dtype, device=x.device), right=True) - 1
     exists = (samples >= 0) & (samples < B)
     # Spare room gets a row of zeros, and no gradient from it.
-    x = torch.cat([x.to(sums), x.new_zeros(1, x.shape[1], dtype=sums)])
+    x = torch.cat([x.to(accumulated), x.new_zeros(1, x.shape[1], dtype=accumulated)])
     samples, features = torch.where(exists, samples, B), torch.where(exists, indices.flatten(), 0)
     rows = features.clamp(0, F - 1)
-    pre = (x[samples] * weight.to(sums)[rows]).sum(1)
+    pre = (x[samples] * weight.to(accumulated)[rows]).sum(1)
     if bias is not None:
-        pre = pre + bias.to(sums)[rows]
-    return torch.where(exists, pre * _poison(features, F, sums), 0.0).to(dtype).view(indices.shape)
+        pre = pre + bias.to(accumulated)[rows]
+    return torch.where(exists, pre * _poison(features, F, accumulated), 0.0).to(dtype).view(indices.shape)
 
 
 def _terms(indices, weight, vals, dtype):

@@ -99,7 +99,7 @@ def _choose(
     BLOCK: tl.constexpr,
 ):
     """Choose the k largest of n keys, of equal ones the first, where at least k reach ``low`` and none is above
-    ``high``. Returns a higher ``low``."""
+    ``high``. Returns ``low`` as far as it was raised."""
     above = 0  # how many keys are above high
     while low < high:
         middle = (low | high) - ((low ^ high) >> 1)  # their mean rounded up, without overflow
