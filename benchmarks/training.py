@@ -3,7 +3,6 @@
 import functools
 from types import ModuleType
 from typing import NamedTuple
-from unittest import mock
 
 import inputs
 import measure
@@ -151,18 +150,16 @@ def parts(case: Case, made: TrainingInputs, package: ModuleType, optimizer) -> d
         with autocast(case):
             return package.triton_topk_encode(x, encoder, encoder_bias, k)
 
-    encode_kernels = package.encode_kernels
-    with torch.no_grad(), mock.patch.object(encode_kernels, "linear", wraps=encode_kernels.linear) as blocks:
-        vals, _ = encode(centred[0])
-    rows = len(blocks.call_args_list[0].args[0])
+    encoded = [encode(x) for x in centred]
+    vals, kernels = encoded[0][0], package.encode_kernels
+    rows = kernels.block_rows(case.shape.B, case.shape.F, k, vals.dtype)
 
     @torch.no_grad()
     def matmul(i):
         weight = encoder.to(vals.dtype)
         for block in centred[i].split(rows):
-            encode_kernels.linear(block, weight, encoder_bias, vals.dtype)
+            kernels.linear(block, weight, encoder_bias, vals.dtype)
 
-    encoded = [encode(x) for x in centred]
     leaves = [chosen.detach().requires_grad_() for chosen, _ in encoded]
     make_step(case, made, training_function(package.triton_topk_encode, loss, k))(0)
     gradients = [leaf.grad for leaf in made.leaves]

@@ -66,32 +66,30 @@ def check_sparse_encode_inputs(
 ) -> None:
     """Raise TypeError or ValueError, naming the argument, unless the arguments of the sparse encoder fit together, and
     with ``FLEX_SAE_CHECK_INDICES=1`` IndexError where an index or offset is out of range."""
-    _check_encoder(x, weight, bias)
-    B = len(x)
-    integers = {"indices": indices} if offsets is None else {"indices": indices, "offsets": offsets}
-    _check_tensors({"weight": weight, **integers})
+    _check_encoder(x, weight, bias, indices=indices, **({} if offsets is None else {"offsets": offsets}))
+    B, (F, D) = len(x), weight.shape
     if offsets is None:
         if indices.dim() != 2 or len(indices) != B:
             hint = ": flatten leading dimensions" if indices.dim() > 2 else ""
             raise ValueError(f"indices must have shape [B, K] = ({B}, K), got {tuple(indices.shape)}{hint}")
-    elif indices.dim() != 1:
-        raise ValueError(f"indices must have shape [P] where there are offsets, got {tuple(indices.shape)}")
-    elif offsets.shape != (B + 1,):
-        raise ValueError(f"offsets must have shape [B + 1] = {(B + 1,)}, got {tuple(offsets.shape)}")
-    pairs = {"P": len(indices)} if indices.dim() == 1 else {"K": indices.shape[1]}
-    name = "P" if indices.dim() == 1 else "B * K"
-    _check_sizes(name, indices.numel(), B=B, **pairs, F=len(weight), D=x.shape[1])
+        _check_sizes("B * K", indices.numel(), B=B, K=indices.shape[1], F=F, D=D)
+    else:
+        if indices.dim() != 1:
+            raise ValueError(f"indices must have shape [P] where there are offsets, got {tuple(indices.shape)}")
+        if offsets.shape != (B + 1,):
+            raise ValueError(f"offsets must have shape [B + 1] = {(B + 1,)}, got {tuple(offsets.shape)}")
+        _check_sizes("P", len(indices), B=B, P=len(indices), F=F, D=D)
     if _checks_values():
         if offsets is not None:
             _check_offsets(indices, offsets)
             indices = indices[: offsets[-1]]
-        _check_indices(indices, len(weight))
+        _check_indices(indices, F)
 
 
-def _check_encoder(x, weight, bias):
-    """x, weight and bias."""
-    tensors = {"x": x, "weight": weight}
-    _check_tensors(tensors if bias is None else {**tensors, "bias": bias}, "pass its .weight")
+def _check_encoder(x, weight, bias, **others):
+    """x, weight and bias, and of the others all but their shapes."""
+    tensors = {"x": x, "weight": weight} if bias is None else {"x": x, "weight": weight, "bias": bias}
+    _check_tensors({**tensors, **others}, "pass its .weight")
     if weight.dim() != 2 or weight.numel() == 0:
         raise ValueError(f"weight must have shape [F, D] with F >= 1 and D >= 1, got {tuple(weight.shape)}")
     F, D = weight.shape

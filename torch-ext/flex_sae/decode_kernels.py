@@ -11,10 +11,19 @@ import triton.language as tl
 
 from .dispatch import compute_dtype
 from .launch import cached_launch
-from .tiles import add_rows, cdiv, gather_columns, load_offsets, next_power_of_2, row_alignment, unit_stride_rows
+from .tiles import (
+    add_rows,
+    cdiv,
+    gather_columns,
+    load_offsets,
+    next_power_of_2,
+    row_alignment,
+    sample_tile,
+    unit_stride_rows,
+)
 
-# Steps of a tile, as in the TopK forward pass; a ragged row takes fewer, of which it wastes fewer.
-_BLOCK_K, _RAGGED_BLOCK_K = 32, 16
+# Steps of a tile, as in the TopK forward pass
+_BLOCK_K = 32
 
 
 @cached_launch
@@ -35,10 +44,7 @@ def _decode_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    # Sample fastest: all samples walk the same columns of weight while they sit in the L2 cache.
-    b = tl.program_id(0).to(tl.int64)
-    cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    in_row = (cols < D) | (D % BLOCK_D == 0)
+    b, _, cols, in_row = sample_tile(D, BLOCK_D)
     recon = tl.zeros([BLOCK_D], recon_ptr.dtype.element_ty)
     row = b
     if offsets_ptr is not None:
@@ -64,7 +70,7 @@ def decode(
     K = indices.shape[-1]
     weight = unit_stride_rows(weight)
     dtype = compute_dtype(weight, vals)
-    block_k = min(_BLOCK_K, next_power_of_2(K)) if offsets is None else _RAGGED_BLOCK_K
+    block_k = min(_BLOCK_K, next_power_of_2(K)) if offsets is None else _BLOCK_K
     block_d = gather_columns(weight, dtype)
     recon = weight.new_empty(B, D, dtype=dtype)
     _decode_kernel[(B, cdiv(D, block_d))](

@@ -25,7 +25,7 @@ from .ordering import order_pairs
 from .reference import linear, unchecked_sparse_encode, unchecked_topk_encode
 from .segment_sum import SegmentSum, sum_coefs
 from .selection import select_largest, selection_bytes
-from .tiles import cdiv, gather_columns, load_offsets, next_power_of_2, row_alignment, unit_stride_rows
+from .tiles import cdiv, gather_columns, load_offsets, next_power_of_2, row_alignment, sample_tile, unit_stride_rows
 
 # pre and the selection take up to 300 MiB, or 1024 samples: with fewer the matmul reads weight too often. On an H100
 # (B=4096, F=65536, D=2304, TF32) it takes 3.81 ms with 1024 at a time, 3.95 with 512, 4.24 with 256; 3.55 with all.
@@ -33,7 +33,7 @@ _PRE_BYTES, _MIN_ROWS = 300 * 2**20, 1024
 # Steps of a tile of the sparse product, and how much wider it is than one of the decode. On an H100 (B=4096, K=64,
 # F=65536, D=2304) 8 steps of once, twice, four times the columns take 0.49, 0.43, 0.59 ms, 16 take 0.51, 0.48, 0.58.
 _BLOCK_K, _TILE_SCALE = 8, 2
-# Pairs of a program, four warps, that adds up the shares of dot products.
+# Pairs of a program, four warps, that adds up the shares of dot products, as in segment_sum.py.
 _BLOCK_P = 128
 
 
@@ -56,11 +56,7 @@ def _sparse_dots_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    # Sample fastest: all samples walk the same columns of weight while they sit in the L2 cache.
-    b = tl.program_id(0).to(tl.int64)
-    tile = tl.program_id(1)
-    cols = tile * BLOCK_D + tl.arange(0, BLOCK_D)
-    in_row = (cols < D) | (D % BLOCK_D == 0)
+    b, tile, cols, in_row = sample_tile(D, BLOCK_D)
     dtype: tl.constexpr = dots_ptr.dtype.element_ty
     start = b * K
     if offsets_ptr is not None:
@@ -109,6 +105,12 @@ def _add_bias_kernel(
     tl.store(vals_ptr + p, val, mask=p < P)  # spare room is zero
 
 
+def block_rows(B: int, F: int, k: int, dtype: torch.dtype) -> int:
+    """The samples whose pre exists at a time: blocks of one size, of whole tiles of a matmul."""
+    rows = max(_MIN_ROWS, _PRE_BYTES // selection_bytes(F, k, dtype) // 128 * 128)
+    return cdiv(cdiv(B, cdiv(B, rows)), 128) * 128
+
+
 def _topk_encode(
     x: torch.Tensor,  # [B, D]
     weight: torch.Tensor,  # [F, D]
@@ -121,9 +123,7 @@ def _topk_encode(
     B, F = len(x), len(weight)
     vals, indices = x.new_empty(B, k, dtype=dtype), x.new_empty(B, k, dtype=torch.int64)
     weight = weight.to(dtype)  # once, and not in every block
-    # Blocks of one size, of whole tiles of a matmul
-    rows = max(_MIN_ROWS, _PRE_BYTES // selection_bytes(F, k, dtype) // 128 * 128)
-    rows = cdiv(cdiv(B, cdiv(B, rows)), 128) * 128
+    rows = block_rows(B, F, k, dtype)
     with device_of(x):
         for start in range(0, B, rows):
             block = slice(start, start + rows)

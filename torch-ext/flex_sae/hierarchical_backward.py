@@ -26,7 +26,7 @@ from .launch import cached_launch
 from .ordering import order_pairs
 from .replicas import Replicas, replica_row
 from .segment_sum import SegmentSum
-from .tiles import cdiv, load_pairs, next_power_of_2, row_alignment
+from .tiles import cdiv, load_pairs, next_power_of_2, row_alignment, sample_tile
 
 # Steps and columns of a tile that adds to d weight atomically. Of 4 to 32 steps and 32 to 128 columns on an H200, the
 # best or within 2% of it at B=4096 and 8192, K=32 and 128: with more columns d weight leaves the L2 cache, with fewer
@@ -67,10 +67,7 @@ def _hierarchical_atomic_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    # Sample fastest: all samples walk the same columns of weight and d weight while they sit in the L2 cache.
-    b = tl.program_id(0).to(tl.int64)
-    cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    in_row = (cols < D) | (D % BLOCK_D == 0)
+    b, _, cols, in_row = sample_tile(D, BLOCK_D)
     dtype: tl.constexpr = scale_ptr.dtype.element_ty
 
     scale = tl.load(scale_ptr)

@@ -27,7 +27,7 @@ from .hierarchical_backward import atomic_gradients, narrow_scratch, ordered_gra
 from .launch import cached_launch
 from .reference import unchecked_hierarchical_sae_loss
 from .replicas import count_pairs
-from .tiles import cdiv, gather_columns, load_pairs, next_power_of_2, row_alignment, unit_stride_rows
+from .tiles import cdiv, gather_columns, load_pairs, next_power_of_2, row_alignment, sample_tile, unit_stride_rows
 
 # Steps of a forward tile. Of 4 to 32 on an H200 (B=4096, F=65536, D=2304) the best at K=128, by 9% in float32 and by
 # 30% in bfloat16.
@@ -57,11 +57,7 @@ def _hierarchical_forward_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    # Sample fastest: all samples walk the same columns of weight while they sit in the L2 cache.
-    b = tl.program_id(0).to(tl.int64)
-    tile = tl.program_id(1)
-    cols = tile * BLOCK_D + tl.arange(0, BLOCK_D)
-    in_row = (cols < D) | (D % BLOCK_D == 0)
+    b, tile, cols, in_row = sample_tile(D, BLOCK_D)
     dtype: tl.constexpr = loss_ptr.dtype.element_ty
 
     if counts_ptr is not None and tile == 0:

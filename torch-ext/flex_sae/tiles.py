@@ -8,6 +8,18 @@ import triton.language as tl
 
 
 @triton.jit
+def sample_tile(D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The sample of a program, its tile, the columns of this tile, and which of them exist.
+
+    Sample fastest: all samples walk the same columns of weight while they sit in the L2 cache."""
+    b = tl.program_id(0).to(tl.int64)
+    tile = tl.program_id(1)
+    cols = tile * BLOCK_D + tl.arange(0, BLOCK_D)
+    in_row = (cols < D) | (D % BLOCK_D == 0)
+    return b, tile, cols, in_row
+
+
+@triton.jit
 def load_pairs(
     indices_ptr,  # [B, K]
     vals_ptr,  # [B, K]

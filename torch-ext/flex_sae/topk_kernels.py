@@ -25,7 +25,7 @@ from .launch import cached_launch
 from .ordering import order_pairs
 from .reference import unchecked_topk_sae_loss
 from .segment_sum import SegmentSum
-from .tiles import add_rows, cdiv, gather_columns, next_power_of_2, row_alignment, unit_stride_rows
+from .tiles import add_rows, cdiv, gather_columns, next_power_of_2, row_alignment, sample_tile, unit_stride_rows
 
 # Steps of a forward tile. On an H200 (B=4096, F=65536, D=2304, K=128) it takes 0.55 ms in float32 and 0.30 in bfloat16
 # with 32, 0.62 and 0.40 with 16.
@@ -53,11 +53,7 @@ def _topk_forward_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    # Sample fastest: all samples walk the same columns of weight while they sit in the L2 cache.
-    b = tl.program_id(0).to(tl.int64)
-    tile = tl.program_id(1)
-    cols = tile * BLOCK_D + tl.arange(0, BLOCK_D)
-    in_row = (cols < D) | (D % BLOCK_D == 0)
+    b, tile, cols, in_row = sample_tile(D, BLOCK_D)
     dtype: tl.constexpr = loss_ptr.dtype.element_ty
 
     bias = tl.load(bias_ptr + cols, mask=in_row, other=0.0).to(dtype)
