@@ -48,6 +48,26 @@ class EncoderResult(NamedTuple):
     bias: object
 
 
+class DecodeProblem(NamedTuple):
+    """The arguments of the decode, P pairs, with the sample of each; and the gradient of what it returns."""
+
+    indices: torch.Tensor  # [P]
+    weight: torch.Tensor  # [F, D]
+    vals: torch.Tensor  # [P]
+    bias: torch.Tensor  # [D]
+    samples: torch.Tensor  # [P]
+    recon_grad: torch.Tensor  # [B, D]
+
+
+class DecodeResult(NamedTuple):
+    """Reconstructions and gradients, or one number or tensor about each of them."""
+
+    recon: object
+    weight: object
+    vals: object
+    bias: object
+
+
 def truth(kind: str, problem: Problem, grad_out: float = 1.0) -> Result:
     """Loss and gradients of the "topk" or "hierarchical" loss in float64, the gradients times ``grad_out``."""
     return _formulas(kind, Problem(problem.indices.long(), *(t.detach().double() for t in problem[1:])), grad_out, -1.0)
@@ -107,3 +127,16 @@ def encoder_truth(problem: EncoderProblem, absolute: bool = False) -> EncoderRes
         d_weight.index_add_(0, features, grad[:, None] * x)
         d_bias.index_add_(0, features, grad)
     return EncoderResult(vals, d_x, d_weight, d_bias)
+
+
+@torch.no_grad()
+def decode_truth(problem: DecodeProblem, absolute: bool = False) -> DecodeResult:
+    """Reconstructions and gradients in float64; or of absolute inputs, the scale of rounding errors."""
+    weight, vals, bias, grad = (
+        tensor.detach().double().abs() if absolute else tensor.detach().double()
+        for tensor in (problem.weight, problem.vals, problem.bias, problem.recon_grad)
+    )
+    indices, samples = problem.indices.long(), problem.samples
+    recon = bias.repeat(len(grad), 1).index_add(0, samples, vals[:, None] * weight[indices])
+    d_weight = torch.zeros_like(weight).index_add(0, indices, vals[:, None] * grad[samples])
+    return DecodeResult(recon, d_weight, (weight[indices] * grad[samples]).sum(1), grad.sum(0))

@@ -79,11 +79,42 @@ def check_sparse_encode_inputs(
         if offsets.shape != (B + 1,):
             raise ValueError(f"offsets must have shape [B + 1] = {(B + 1,)}, got {tuple(offsets.shape)}")
         _check_sizes("P", len(indices), B=B, P=len(indices), F=F, D=D)
-    if _checks_values():
-        if offsets is not None:
-            _check_offsets(indices, offsets)
-            indices = indices[: offsets[-1]]
-        _check_indices(indices, F)
+    _check_pairs(indices, offsets, F)
+
+
+def check_decode_inputs(
+    indices: torch.Tensor,  # [B, K], or [P]
+    weight: torch.Tensor,  # [F, D]
+    vals: torch.Tensor,  # as indices
+    bias: Optional[torch.Tensor],  # [D]
+    offsets: Optional[torch.Tensor],  # [B + 1]
+) -> None:
+    """Raise TypeError or ValueError, naming the argument, unless the arguments of the decode fit together, and with
+    ``FLEX_SAE_CHECK_INDICES=1`` IndexError where an index or offset is out of range."""
+    optional = {"bias": bias, "offsets": offsets}
+    given = {name: tensor for name, tensor in optional.items() if tensor is not None}
+    _check_tensors({"indices": indices, "weight": weight, "vals": vals, **given}, "pass its .weight.t()")
+    if weight.dim() != 2 or weight.numel() == 0:
+        raise ValueError(f"weight must have shape [F, D] with F >= 1 and D >= 1, got {tuple(weight.shape)}")
+    F, D = weight.shape
+    if offsets is None and indices.dim() != 2:
+        hint = ": flatten leading dimensions" if indices.dim() > 2 else ""
+        raise ValueError(f"indices must have shape [B, K], got {tuple(indices.shape)}{hint}")
+    if offsets is not None and indices.dim() != 1:
+        raise ValueError(f"indices must have shape [P] where there are offsets, got {tuple(indices.shape)}")
+    if offsets is not None and (offsets.dim() != 1 or len(offsets) == 0):
+        raise ValueError(f"offsets must have shape [B + 1], got {tuple(offsets.shape)}")
+    if vals.shape != indices.shape:
+        raise ValueError(f"vals must have the shape of indices, {tuple(indices.shape)}, got {tuple(vals.shape)}")
+    if bias is not None and bias.shape != (D,):
+        hint = f", and weight {(F, D)}: pass weight.t()" if bias.shape == (F,) else ""
+        raise ValueError(f"bias must have shape [D] = {(D,)}, got {tuple(bias.shape)}{hint}")
+    if offsets is None:
+        B, K = indices.shape
+        _check_sizes("B * K", B * K, B=B, K=K, F=F, D=D)
+    else:
+        _check_sizes("P", len(indices), B=len(offsets) - 1, P=len(indices), F=F, D=D)
+    _check_pairs(indices, offsets, F)
 
 
 def _check_encoder(x, weight, bias, **others):
@@ -165,6 +196,16 @@ def _check_indices(indices, F):
     if len(bad):
         place = bad[0].tolist()
         raise IndexError(f"indices must lie in [0, F) = [0, {F}), got {indices[tuple(place)].item()} at {place}")
+
+
+def _check_pairs(indices, offsets, F):
+    """The values of indices and offsets, on request."""
+    if not _checks_values():
+        return
+    if offsets is not None:
+        _check_offsets(indices, offsets)
+        indices = indices[: offsets[-1]]
+    _check_indices(indices, F)
 
 
 def _check_offsets(indices, offsets):

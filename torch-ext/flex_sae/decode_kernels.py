@@ -1,6 +1,11 @@
 """The decode of sparse codes: sums of rows of a dictionary, weighted by a sample's vals.
 
-recon_b = sum over pairs p of sample b of vals[p] * weight[indices[p]]
+With w_p = weight[indices[p]] and v_p = vals[p] of the pairs p of a sample b, and g_b the gradient of recon_b,
+
+    recon_b = bias + sum_p v_p w_p,
+    d weight[f] = sum over pairs p with indices[p] = f of v_p g_b,    d v_p = <w_p, g_b>,    d bias = sum_b g_b.
+
+d weight is a sum over the pairs of each feature (segment_sum.py), which takes the dot products of d v on the way.
 """
 
 from typing import Optional
@@ -9,8 +14,14 @@ import torch
 import triton
 import triton.language as tl
 
-from .dispatch import compute_dtype
+from ._ops import add_op_namespace_prefix, ops
+from .checks import check_decode_inputs
+from .column_sum import sum_columns
+from .dispatch import compute_dtype, device_of, needs_gradients, promoted_dtype, refuse_second_derivative, runs_triton
 from .launch import cached_launch
+from .ordering import order_pairs
+from .reference import unchecked_sae_decode
+from .segment_sum import SegmentSum
 from .tiles import (
     add_rows,
     cdiv,
@@ -33,19 +44,25 @@ def _decode_kernel(
     indices_ptr,  # [P], the pairs of sample b from b * K or offsets[b] on
     weight_ptr,  # [F, D]
     vals_ptr,  # [P]
+    bias_ptr,  # [D], or None
     offsets_ptr,  # [B + 1], or None
     weight_stride,
     K,
     F,
     P,
     D: tl.constexpr,
+    DOUBLE: tl.constexpr,  # sums are float64
     EVEN_K: tl.constexpr,
     ALIGN: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     b, _, cols, in_row = sample_tile(D, BLOCK_D)
-    recon = tl.zeros([BLOCK_D], recon_ptr.dtype.element_ty)
+    dtype: tl.constexpr = tl.float64 if DOUBLE else tl.float32
+    if bias_ptr is not None:
+        recon = tl.load(bias_ptr + cols, mask=in_row, other=0.0).to(dtype)
+    else:
+        recon = tl.zeros([BLOCK_D], dtype)
     row = b
     if offsets_ptr is not None:
         start, K = load_offsets(offsets_ptr, b, P)
@@ -59,35 +76,170 @@ def _decode_kernel(
 
 
 def decode(
-    indices: torch.Tensor,  # [B, K], or [P]; contiguous
+    indices: torch.Tensor,  # [B, K], or [P]
     weight: torch.Tensor,  # [F, D]
-    vals: torch.Tensor,  # as indices; contiguous
-    B: int,
-    offsets: Optional[torch.Tensor] = None,  # [B + 1]
+    vals: torch.Tensor,  # as indices
+    bias: Optional[torch.Tensor],  # [D]
+    offsets: Optional[torch.Tensor],  # [B + 1]
+    dtype: torch.dtype,
 ) -> torch.Tensor:
-    """recon [B, D], in the dtype of its sums."""
+    """recon [B, D], summed in float32, or float64 if any input is, and rounded to ``dtype``."""
     F, D = weight.shape
-    K = indices.shape[-1]
+    B = len(indices) if offsets is None else len(offsets) - 1
+    K = 0 if offsets is not None else indices.shape[1]
     weight = unit_stride_rows(weight)
-    dtype = compute_dtype(weight, vals)
-    block_k = min(_BLOCK_K, next_power_of_2(K)) if offsets is None else _BLOCK_K
-    block_d = gather_columns(weight, dtype)
+    accumulated = compute_dtype(weight, vals) if bias is None else compute_dtype(weight, vals, bias)
+    block_k = _BLOCK_K if offsets is not None else min(_BLOCK_K, next_power_of_2(K))
+    block_d = gather_columns(weight, accumulated)
     recon = weight.new_empty(B, D, dtype=dtype)
-    _decode_kernel[(B, cdiv(D, block_d))](
-        recon,
-        indices,
-        weight,
-        vals,
-        offsets,
-        weight.stride(0),
-        K if offsets is None else 0,
-        F,
-        indices.numel(),
-        D=D,
-        EVEN_K=offsets is None and K % block_k == 0,
-        ALIGN=row_alignment(weight, block_d // 32),
-        BLOCK_K=block_k,
-        BLOCK_D=block_d,
-        num_warps=1,
-    )
+    with device_of(weight):
+        _decode_kernel[(B, cdiv(D, block_d))](
+            recon,
+            indices.contiguous(),
+            weight,
+            vals.contiguous(),
+            None if bias is None else bias.contiguous(),
+            None if offsets is None else offsets.contiguous(),
+            weight.stride(0),
+            K,
+            F,
+            indices.numel(),
+            D=D,
+            DOUBLE=accumulated == torch.float64,
+            EVEN_K=offsets is None and K % block_k == 0,
+            ALIGN=row_alignment(weight, block_d // 32),
+            BLOCK_K=block_k,
+            BLOCK_D=block_d,
+            num_warps=1,
+        )
     return recon
+
+
+def _decode_backward(
+    recon_grad: torch.Tensor,  # [B, D]
+    indices: torch.Tensor,  # [B, K], or [P]
+    weight: torch.Tensor,  # [F, D]
+    vals: torch.Tensor,  # as indices
+    offsets: Optional[torch.Tensor],  # [B + 1]
+    bias_dtype: torch.dtype,
+    needs_weight: bool,
+    needs_vals: bool,
+    needs_bias: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of weight, vals and bias, an empty tensor for one that is not needed."""
+    F, D = weight.shape
+    recon_grad, indices, vals = recon_grad.contiguous(), indices.contiguous(), vals.contiguous()
+    offsets = None if offsets is None else offsets.contiguous()
+    dtype = compute_dtype(recon_grad)  # float64 if any input is
+    weight_grad = weight.new_empty((F, D) if needs_weight else 0)
+    vals_grad = vals.new_empty(vals.shape if needs_vals else 0)
+    bias_grad = weight.new_empty(0, dtype=bias_dtype)
+    with device_of(weight):
+        one = weight.new_ones((), dtype=dtype)
+        if needs_bias:
+            bias_grad = sum_columns(recon_grad.to(dtype), one).to(bias_dtype)
+        if needs_weight or needs_vals:
+            pairs = order_pairs(indices, vals, F, dtype, offsets=offsets)
+            out, dots = weight_grad if needs_weight else None, vals_grad if needs_vals else None
+            sums = SegmentSum(pairs, one, D, out, dots, weight)
+            sums.add(recon_grad)
+            sums.finish()
+        if needs_vals and offsets is not None:
+            places = torch.arange(len(vals), device=vals.device)
+            vals_grad.masked_fill_((places < offsets[0]) | (places >= offsets[-1]), 0)
+    return weight_grad, vals_grad, bias_grad
+
+
+torch.library.define(
+    add_op_namespace_prefix("sae_decode"),
+    "(Tensor indices, Tensor weight, Tensor vals, Tensor? bias, Tensor? offsets, ScalarType dtype) -> Tensor",
+)
+torch.library.impl(add_op_namespace_prefix("sae_decode"), "default", decode)
+
+torch.library.define(
+    add_op_namespace_prefix("sae_decode_backward"),
+    "(Tensor recon_grad, Tensor indices, Tensor weight, Tensor vals, Tensor? offsets, ScalarType bias_dtype,"
+    " bool needs_weight, bool needs_vals, bool needs_bias) -> (Tensor, Tensor, Tensor)",
+)
+torch.library.impl(add_op_namespace_prefix("sae_decode_backward"), "default", _decode_backward)
+
+
+@torch.library.register_fake(add_op_namespace_prefix("sae_decode"))
+def _sae_decode_fake(indices, weight, vals, bias, offsets, dtype):
+    B = indices.shape[0] if offsets is None else offsets.shape[0] - 1
+    return weight.new_empty((B, weight.shape[1]), dtype=dtype)
+
+
+@torch.library.register_fake(add_op_namespace_prefix("sae_decode_backward"))
+def _sae_decode_backward_fake(
+    recon_grad, indices, weight, vals, offsets, bias_dtype, needs_weight, needs_vals, needs_bias
+):
+    return (
+        weight.new_empty(weight.shape if needs_weight else 0),
+        vals.new_empty(vals.shape if needs_vals else 0),
+        weight.new_empty(weight.shape[1] if needs_bias else 0, dtype=bias_dtype),
+    )
+
+
+class SAEDecode(torch.autograd.Function):
+    """See `triton_sae_decode`."""
+
+    @staticmethod
+    def forward(ctx, indices, weight, vals, bias, offsets, dtype):
+        ctx.save_for_backward(indices, weight, vals, offsets)
+        ctx.bias_dtype = weight.dtype if bias is None else bias.dtype
+        return ops.sae_decode(indices, weight, vals, bias, offsets, dtype)
+
+    @staticmethod
+    def backward(ctx, recon_grad):
+        refuse_second_derivative("triton_sae_decode")
+        needs = ctx.needs_input_grad[1:4]
+        grads = ops.sae_decode_backward(recon_grad, *ctx.saved_tensors, ctx.bias_dtype, *needs)
+        return None, *(grad if needed else None for grad, needed in zip(grads, needs)), None, None
+
+
+def triton_sae_decode(
+    indices: torch.Tensor,
+    weight: torch.Tensor,
+    vals: torch.Tensor,
+    bias: Optional[torch.Tensor] = None,
+    *,
+    offsets: Optional[torch.Tensor] = None,
+) -> torch.Tensor:
+    """The reconstruction of a sparse autoencoder: ``recon[b] = bias + sum_i vals[b, i] * weight[indices[b, i]]``.
+
+    With ``offsets`` the pairs are ragged, as of BatchTopK and JumpReLU autoencoders: those of sample b are
+    ``offsets[b]:offsets[b + 1]`` of indices and vals.
+
+    Args:
+        indices: ``[B, K]``, or with offsets ``[P]``; int32 or int64, the active features of each sample, in
+            ``[0, F)``. One out of range is not followed and makes its sample's reconstruction NaN. Features that repeat
+            add up.
+        weight: ``[F, D]``, the decoder. Rows with unit stride are read in place, also of a slice; another layout, such
+            as the transpose of an ``nn.Linear`` weight, costs a copy of weight in the forward and in the backward pass.
+        vals: as indices, the activations. One that is zero has a gradient all the same.
+        bias: ``[D]``, or None.
+        offsets: ``[B + 1]`` int32 or int64, ascending from 0 to P or less. A sample may have no pairs; those from
+            ``offsets[B]`` on are spare room: ignored, with a gradient of zero. What the result is where offsets do not
+            ascend is undefined.
+
+    weight, vals and bias are float16, bfloat16, float32 or float64 in any mixture. Sums are float32, or float64 if any
+    of the three is, and are rounded once, where they are stored.
+
+    Returns:
+        ``[B, D]`` in the promoted dtype of weight, vals and bias, differentiable once in these. The same inputs give
+        the same bits. Tensors on a CPU go to `sae_decode`.
+
+    Raises:
+        TypeError: an argument is no tensor or has another dtype.
+        ValueError: shapes or devices do not fit together, or are too large for a launch: B * K or P, B * ceil(D / 32)
+            or F * ceil(D / 32) > 2**31 - 2**21, or D > 2**20.
+        IndexError: an index or offset is out of range and ``FLEX_SAE_CHECK_INDICES=1`` is in the environment, which
+            costs a device synchronisation.
+    """
+    check_decode_inputs(indices, weight, vals, bias, offsets)
+    dtype = promoted_dtype(weight, vals, bias)
+    if not runs_triton(indices):
+        return unchecked_sae_decode(indices, weight, vals, bias, offsets, dtype)
+    with torch.set_grad_enabled(needs_gradients(weight, vals, bias)):
+        return SAEDecode.apply(indices, weight, vals, bias, offsets, dtype)

@@ -1,6 +1,7 @@
 """Where a call runs, in which dtype it computes, and what autograd may ask of it."""
 
 import contextlib
+import functools
 from typing import Optional
 
 import torch
@@ -28,11 +29,14 @@ def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
 
 
+def promoted_dtype(*tensors: Optional[torch.Tensor]) -> torch.dtype:
+    """The dtype that holds those of all tensors."""
+    return functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors if tensor is not None))
+
+
 def linear_dtype(x: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]) -> torch.dtype:
     """The dtype of ``x @ weight.T + bias``: that of autocast, which leaves float64 alone, or the promoted one."""
-    dtype = torch.promote_types(x.dtype, weight.dtype)
-    if bias is not None:
-        dtype = torch.promote_types(dtype, bias.dtype)
+    dtype = promoted_dtype(x, weight, bias)
     if dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
     return dtype

@@ -196,7 +196,7 @@ def _encode_backward(
     needs_bias: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The gradients of x, weight and bias, an empty tensor for one that is not needed."""
-    (B, D), F = x.shape, len(weight)
+    F, D = weight.shape
     vals_grad, indices = vals_grad.contiguous(), indices.contiguous()
     offsets = None if offsets is None else offsets.contiguous()
     dtype = compute_dtype(vals_grad)  # float64 if any input is
@@ -205,7 +205,7 @@ def _encode_backward(
     bias_grad = weight.new_empty(F if needs_bias else 0, dtype=bias_dtype)
     with device_of(x):
         if needs_x:
-            x_grad = decode(indices, weight, vals_grad, B, offsets).to(x.dtype)
+            x_grad = decode(indices, weight, vals_grad, None, offsets, x.dtype)
         if needs_weight or needs_bias:
             pairs = order_pairs(indices, vals_grad, F, dtype, offsets=offsets)
             if needs_weight:

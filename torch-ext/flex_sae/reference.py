@@ -5,8 +5,8 @@ from typing import Optional
 
 import torch
 
-from .checks import check_encode_inputs, check_inputs, check_sparse_encode_inputs
-from .dispatch import compute_dtype, linear_dtype
+from .checks import check_decode_inputs, check_encode_inputs, check_inputs, check_sparse_encode_inputs
+from .dispatch import compute_dtype, linear_dtype, promoted_dtype
 
 
 def topk_sae_loss(
@@ -59,6 +59,19 @@ def sparse_encode(
     return unchecked_sparse_encode(x, weight, bias, indices, offsets, linear_dtype(x, weight, bias))
 
 
+def sae_decode(
+    indices: torch.Tensor,  # [B, K], or [P]
+    weight: torch.Tensor,  # [F, D]
+    vals: torch.Tensor,  # as indices
+    bias: Optional[torch.Tensor] = None,  # [D]
+    *,
+    offsets: Optional[torch.Tensor] = None,  # [B + 1]
+) -> torch.Tensor:
+    """`triton_sae_decode` in plain torch. It gathers ``[B, K, D]`` numbers."""
+    check_decode_inputs(indices, weight, vals, bias, offsets)
+    return unchecked_sae_decode(indices, weight, vals, bias, offsets, promoted_dtype(weight, vals, bias))
+
+
 def unchecked_topk_sae_loss(indices, weight, vals, bias, target):
     dtype = compute_dtype(weight, vals, bias, target)
     recon = bias.to(dtype) + _terms(indices, weight, vals, dtype).sum(1)
@@ -85,15 +98,12 @@ def unchecked_topk_encode(x, weight, bias, k, relu, dtype):
 
 def unchecked_sparse_encode(x, weight, bias, indices, offsets, dtype):
     accumulated = torch.promote_types(dtype, torch.float32)
-    (B, F), P = (len(x), len(weight)), indices.numel()
-    if offsets is None:
-        samples = torch.arange(B, device=x.device).repeat_interleave(indices.shape[1])
-    else:
-        samples = torch.searchsorted(offsets, torch.arange(P, dtype=offsets.dtype, device=x.device), right=True) - 1
-    exists = (samples >= 0) & (samples < B)
+    B, F = len(x), len(weight)
+    samples = _samples(indices, offsets)
     # Spare room gets a row of zeros, and no gradient from it.
     x = torch.cat([x.to(accumulated), x.new_zeros(1, x.shape[1], dtype=accumulated)])
-    samples, features = torch.where(exists, samples, B), torch.where(exists, indices.flatten(), 0)
+    exists = samples < B
+    features = torch.where(exists, indices.flatten(), 0)
     rows = features.clamp(0, F - 1)
     pre = (x[samples] * weight.to(accumulated)[rows]).sum(1)
     if bias is not None:
@@ -101,8 +111,33 @@ def unchecked_sparse_encode(x, weight, bias, indices, offsets, dtype):
     return torch.where(exists, pre * _poison(features, F, accumulated), 0.0).to(dtype).view(indices.shape)
 
 
+def unchecked_sae_decode(indices, weight, vals, bias, offsets, dtype):
+    accumulated = torch.promote_types(dtype, torch.float32)
+    if offsets is None:
+        recon = _terms(indices, weight, vals, accumulated).sum(1)
+    else:
+        samples = _samples(indices, offsets)
+        exists = samples < len(offsets) - 1
+        features, vals = torch.where(exists, indices, 0), torch.where(exists, vals, 0.0)
+        terms = _terms(features, weight, vals, accumulated)
+        # Spare room adds up in a row of its own.
+        recon = terms.new_zeros(len(offsets), terms.shape[1]).index_add(0, samples, terms)[:-1]
+    if bias is not None:
+        recon = recon + bias.to(accumulated)
+    return recon.to(dtype)
+
+
+def _samples(indices, offsets):
+    """The sample of each pair, [P]; B in spare room."""
+    if offsets is None:
+        return torch.arange(len(indices), device=indices.device).repeat_interleave(indices.shape[1])
+    places = torch.arange(len(indices), dtype=offsets.dtype, device=indices.device)
+    samples = torch.searchsorted(offsets, places, right=True) - 1
+    return torch.where(samples < 0, len(offsets) - 1, samples)
+
+
 def _terms(indices, weight, vals, dtype):
-    """``vals[b, i] * weight[indices[b, i]]``, [B, K, D]. An index out of range is not followed and gives NaN."""
+    """``vals * weight[indices]``, D numbers for each pair. An index out of range is not followed and gives NaN."""
     F = weight.shape[0]
     return (vals.to(dtype) * _poison(indices, F, dtype)).unsqueeze(-1) * weight.to(dtype)[indices.clamp(0, F - 1)]
 
