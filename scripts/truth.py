@@ -68,20 +68,22 @@ class DecodeResult(NamedTuple):
     bias: object
 
 
-def truth(kind: str, problem: Problem, grad_out: float = 1.0) -> Result:
+def truth(kind: str, problem: Problem, grad_out: float = 1.0, sample_weight: torch.Tensor | None = None) -> Result:
     """Loss and gradients of the "topk" or "hierarchical" loss in float64, the gradients times ``grad_out``."""
-    return _formulas(kind, Problem(problem.indices.long(), *(t.detach().double() for t in problem[1:])), grad_out, -1.0)
+    doubles = Problem(problem.indices.long(), *(t.detach().double() for t in problem[1:]))
+    return _formulas(kind, doubles, grad_out, 1.0 if sample_weight is None else sample_weight.double(), -1.0)
 
 
-def magnitude(kind: str, problem: Problem, grad_out: float = 1.0) -> Result:
+def magnitude(kind: str, problem: Problem, grad_out: float = 1.0, sample_weight: torch.Tensor | None = None) -> Result:
     """The truth with every term replaced by its absolute value: the scale of rounding errors, element by element."""
     absolutes = Problem(problem.indices.long(), *(t.detach().double().abs() for t in problem[1:]))
-    return _formulas(kind, absolutes, abs(grad_out), 1.0)
+    weights = 1.0 if sample_weight is None else sample_weight.double().abs()
+    return _formulas(kind, absolutes, abs(grad_out), weights, 1.0)
 
 
 @torch.no_grad()
-def _formulas(kind, problem, grad_out, minus):
-    """``minus`` is -1, or 1 to turn every subtraction into an addition."""
+def _formulas(kind, problem, grad_out, sample_weight, minus):
+    """``sample_weight`` is [B], or 1; ``minus`` is -1, or 1 to turn every subtraction into an addition."""
     indices, weight, vals, bias, target = problem
     K, hierarchical = indices.shape[1], kind == "hierarchical"
     residual = bias + minus * target
@@ -91,23 +93,23 @@ def _formulas(kind, problem, grad_out, minus):
         residual = torch.addcmul(residual, vals[:, step, None], weight[indices[:, step]])
         if hierarchical:
             suffix += residual
-            squares = squares + residual.square().sum()
+            squares = squares + residual.square().sum(1)
     if not hierarchical:
-        suffix, squares = residual, residual.square().sum()
+        suffix, squares = residual, residual.square().sum(1)
     count = target.numel() * (K if hierarchical else 1)
-    factor = 2 * grad_out / max(count, 1)
-    d_bias, d_target = factor * suffix.sum(0), minus * factor * suffix
+    factor = (2 * grad_out / max(count, 1) * sample_weight * torch.ones_like(squares))[:, None]
+    d_bias, d_target = (factor * suffix).sum(0), minus * factor * suffix
     d_weight, d_vals = torch.zeros_like(weight), torch.zeros_like(vals)
     # From the last step to the first, so that the short sums of late steps are not differences of long ones
     tail = torch.zeros_like(target)
     for step in reversed(range(K)):
         row, val = weight[indices[:, step]], vals[:, step, None]
         tail = tail + residual if hierarchical else residual
-        d_weight.index_add_(0, indices[:, step], val * tail, alpha=factor)
-        d_vals[:, step] = factor * (row * tail).sum(1)
+        d_weight.index_add_(0, indices[:, step], factor * val * tail)
+        d_vals[:, step] = factor[:, 0] * (row * tail).sum(1)
         if hierarchical:
             residual = torch.addcmul(residual, val, row, value=minus)
-    loss = squares / count if count else torch.full_like(bias[0], float("nan"))
+    loss = (sample_weight * squares).sum() / count if count else torch.full_like(bias[0], float("nan"))
     return Result(loss, d_weight, d_vals, d_bias, d_target)
 
 

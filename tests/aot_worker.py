@@ -60,15 +60,19 @@ def launch_everything(flex, dtype, B, F, D, padding):
     indices, vals = torch.arange(B * K).view(B, K) % F, torch.empty(B, K, dtype=dtype)
     inputs = indices, weight, vals, torch.empty(D, dtype=dtype), target
     scalar = torch.empty((), dtype=accumulation)
-    _, residual = ops.topk_forward(*inputs, True)
+    _, residual, _ = ops.topk_forward(*inputs, None, True, False)
     for needs_vals in (True, False):  # without it weight is not read
         ops.topk_backward(scalar, residual, indices, weight, vals, dtype, dtype, True, needs_vals, True, True)
-    ops.topk_forward(*inputs, False)
-    ops.hierarchical_forward(*inputs, False, False)
-    _, *state = ops.hierarchical_forward(*inputs, True, True)
-    for deterministic in (False, True):
-        torch.use_deterministic_algorithms(deterministic)
-        ops.hierarchical_backward(scalar, *state, indices, weight, vals, dtype, dtype, True, True, True, True)
+    ops.topk_forward(*inputs, None, False, False)
+    ops.topk_forward(*inputs, vals[:, 0], True, True)
+    ops.hierarchical_forward(*inputs, None, False, False, False)
+    for sample_weight, return_recon in ((None, False), (vals[:, 0], True)):
+        _, _, *state = ops.hierarchical_forward(*inputs, sample_weight, True, True, return_recon)
+        for deterministic in (False, True):
+            torch.use_deterministic_algorithms(deterministic)
+            ops.hierarchical_backward(
+                scalar, *state, indices, weight, vals, sample_weight, dtype, dtype, True, True, True, True
+            )
     torch.use_deterministic_algorithms(False)
     features, offsets = torch.empty(F, dtype=dtype), torch.arange(0, B * K + 1, K)
     ops.topk_encode(target, weight, features, min(K, F), True, dtype)
@@ -76,6 +80,8 @@ def launch_everything(flex, dtype, B, F, D, padding):
         ops.sparse_encode(target, weight, features, indices.view(pairs), starts, dtype)
         grads = vals.view(pairs)
         ops.encode_backward(grads, target, weight, indices.view(pairs), starts, dtype, True, True, True)
+        ops.sae_decode(indices.view(pairs), weight, grads, inputs[3], starts, dtype)
+        ops.sae_decode_backward(target, indices.view(pairs), weight, grads, starts, dtype, True, True, True)
 
 
 def main(target, out):

@@ -15,6 +15,7 @@ import contextlib
 import math
 import os
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -131,11 +132,12 @@ def modes(test):
     return pytest.mark.parametrize("deterministic", [False, True], ids=["default", "deterministic"])(test)
 
 
-def check(flex, kind, problem, grad_out=1.0, deterministic=False):
+def check(flex, kind, problem, grad_out=1.0, deterministic=False, sample_weight=None):
     """Run the fused loss on a problem and compare everything with the truth."""
     grad = torch.tensor(grad_out, dtype=accumulation_dtype(problem), device=problem.weight.device)
+    loss = partial(triton_loss(flex, kind), sample_weight=sample_weight)
     with deterministic_algorithms(deterministic):
-        assert_right(kind, problem, run(triton_loss(flex, kind), problem, grad), grad_out)
+        assert_right(kind, problem, run(loss, problem, grad), grad_out, sample_weight)
 
 
 def submodule(flex, name):
@@ -181,15 +183,18 @@ def result_dtypes(problem):
     return Result(accumulation_dtype(problem), *(tensor.dtype for tensor in problem[1:]))
 
 
-def magnitudes(kind, problem, grad_out):
+def magnitudes(kind, problem, grad_out, sample_weight):
     """The size of what each element of the loss and the gradients is summed up from, roundings included."""
-    sizes = magnitude(kind, problem, grad_out)
+    sizes = magnitude(kind, problem, grad_out, sample_weight)
     if kind == "topk":
         return sizes
     # The backward pass takes steps away from the last residual again, r_{i-1} = r_i - v_i w_i, and sums what is left.
     # Within a tile it subtracts a sum that has step i in it and adds step i back.
     indices, (weight, vals, bias, target) = problem.indices.long(), (t.double().abs() for t in problem[1:])
-    K, factor = indices.shape[1], 2 * abs(grad_out) / max(problem.indices.shape[1] * target.numel(), 1)
+    K, weights = indices.shape[1], torch.ones_like(target[:, :1])
+    if sample_weight is not None:
+        weights = sample_weight.double().abs()[:, None]
+    factor = 2 * abs(grad_out) / max(K * target.numel(), 1) * weights
     residual, suffix = bias + target, torch.zeros_like(target)
     for step in range(K):
         residual = torch.addcmul(residual, vals[:, step, None], weight[indices[:, step]])
@@ -198,8 +203,8 @@ def magnitudes(kind, problem, grad_out):
         row, val = weight[indices[:, step]], vals[:, step, None]
         residual = torch.addcmul(residual, val, row, value=2)
         suffix = suffix + residual
-        d_weight.index_add_(0, indices[:, step], val * suffix, alpha=factor)
-        d_vals[:, step] = factor * (row * suffix).sum(1)
+        d_weight.index_add_(0, indices[:, step], factor * val * suffix)
+        d_vals[:, step] = factor[:, 0] * (row * suffix).sum(1)
     return sizes._replace(weight=d_weight, vals=d_vals)
 
 
@@ -214,7 +219,7 @@ def allowed_error(n, accumulation, size, value, dtype):
     return error + store * (value.abs() + error) + narrow.tiny * narrow.eps / 2
 
 
-def budget(kind, problem, expected, grad_out=1.0):
+def budget(kind, problem, expected, grad_out=1.0, sample_weight=None):
     """How far each element of a right result may lie from `expected`, the truth."""
     (B, K), D = problem.indices.shape, problem.weight.shape[1]
     most_pairs = int(torch.bincount(problem.indices.flatten().long(), minlength=1).max())  # of one feature
@@ -223,7 +228,7 @@ def budget(kind, problem, expected, grad_out=1.0):
     # additions into S_i.
     suffix = residual + (2 * K + 2 if kind == "hierarchical" else 0)
     squares = B * D * (K if kind == "hierarchical" else 1)
-    scalars = 6  # the products with v_i and grad_out, and 2 / (B D) with its own roundings
+    scalars = 7  # the products with v_i, grad_out and the sample's weight, and 2 / (B D) with its own roundings
     roundings = Result(2 * residual + squares, suffix + most_pairs, suffix + D, suffix + B, suffix)
 
     accumulation = accumulation_dtype(problem)
@@ -231,7 +236,7 @@ def budget(kind, problem, expected, grad_out=1.0):
     def allowed(n, *operands):
         return allowed_error(n + scalars, accumulation, *operands)
 
-    sizes = magnitudes(kind, problem, grad_out)
+    sizes = magnitudes(kind, problem, grad_out, sample_weight)
     result = Result(*map(allowed, roundings, sizes, expected, result_dtypes(problem)))
     if kind == "hierarchical" and problem.weight.dtype == torch.bfloat16 and accumulation == torch.float32:
         # The S_i pass through float16 scratch.
@@ -239,9 +244,9 @@ def budget(kind, problem, expected, grad_out=1.0):
     return result
 
 
-def errors_over_budget(kind, problem, result, grad_out=1.0):
+def errors_over_budget(kind, problem, result, grad_out=1.0, sample_weight=None):
     """The worst error of the loss and of each gradient, in units of its budget: a right result stays at or below 1."""
-    expected = truth(kind, problem, grad_out)
+    expected = truth(kind, problem, grad_out, sample_weight)
 
     def worst(value, true, tolerance):
         ratio = (value.double() - true).abs() / tolerance
@@ -249,16 +254,16 @@ def errors_over_budget(kind, problem, result, grad_out=1.0):
         ratio = torch.where(value == true.to(value.dtype), 0.0, ratio)
         return ratio.nan_to_num(nan=math.inf).max().item() if ratio.numel() else 0.0
 
-    return Result(*map(worst, result, expected, budget(kind, problem, expected, grad_out)))
+    return Result(*map(worst, result, expected, budget(kind, problem, expected, grad_out, sample_weight)))
 
 
-def assert_right(kind, problem, result, grad_out=1.0):
+def assert_right(kind, problem, result, grad_out=1.0, sample_weight=None):
     """Shapes, dtypes, and every element of the loss and the gradients within the budget."""
     assert result.loss.shape == ()
     for name, value, given in zip(Result._fields[1:], result[1:], problem[1:], strict=True):
         assert value.shape == given.shape, f"d {name} of the {kind} loss has shape {tuple(value.shape)}"
     assert tuple(value.dtype for value in result) == tuple(result_dtypes(problem))
-    for name, error in errors_over_budget(kind, problem, result, grad_out)._asdict().items():
+    for name, error in errors_over_budget(kind, problem, result, grad_out, sample_weight)._asdict().items():
         assert error <= 1, f"{kind} {name}: {error:.3g} times the error budget"
 
 

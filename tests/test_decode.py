@@ -130,6 +130,28 @@ def test_ragged_rows_are_summed_and_spare_room_is_not(flex, device, name, dtype)
     assert_exact(result._replace(vals=result.vals[:-3]), problem)
 
 
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        (256, 257, 0, 900),
+        (512, 3, 700, 1, 300),  # from a chunk's start on; two in one chunk
+        (1000,),
+        (5, 768, 4, 0),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("spare", [0, 600])
+def test_samples_longer_than_a_chunk_are_summed_in_parts(flex, device, lengths, spare):
+    problem = exact(lengths, 9, 33, device=device)
+    P = sum(lengths) + spare
+    assert max(lengths) > flex.decode_kernels.chunk_pairs(P)[0]
+    indices, vals = problem.indices.new_full((P,), -1), problem.vals.new_full((P,), float("nan"))
+    indices[: sum(lengths)], vals[: sum(lengths)] = problem.indices, problem.vals
+    offsets = offsets_of(lengths, device)
+    recon = flex.triton_sae_decode(indices, problem.weight, vals, problem.bias, offsets=offsets)
+    assert torch.equal(recon.double(), decode_truth(problem).recon)
+
+
 @pytest.mark.parametrize("name", ["triton_sae_decode", "sae_decode"])
 @pytest.mark.parametrize("shape", [(6, 5), (5, 6), (30, 1), (1, 30)], ids=str)
 def test_a_fixed_k_is_ragged_rows_of_one_length(flex, device, name, shape):

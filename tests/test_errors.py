@@ -156,6 +156,24 @@ def test_vals_that_do_not_descend_are_warned_of_on_request(loss, device, monkeyp
         assert not caught
 
 
+WEIGHT_MISTAKES = [
+    (zeros(4, 1), ValueError, "sample_weight must have shape [B] = (4,), got (4, 1)"),
+    (zeros(33), ValueError, "sample_weight must have shape [B] = (4,), got (33,)"),
+    (zeros(4, dtype=torch.bool), TypeError,
+     "sample_weight must be float16, bfloat16, float32 or float64, got torch.bool"),
+    (lambda device: 1.0, TypeError, "sample_weight must be a torch.Tensor, got float"),
+    (lambda device: torch.zeros(4, device=device, requires_grad=True), ValueError,
+     "sample_weight must not require a gradient, for it gets none: detach it"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong, error, message", WEIGHT_MISTAKES, ids=[m[-1] for m in WEIGHT_MISTAKES])
+def test_a_mistake_in_sample_weight_is_named(loss, device, wrong, error, message):
+    problem = make_problem(4, 3, 9, 33, device=device)
+    with pytest.raises(error, match=f"^{re.escape(message)}$"):
+        loss(*problem, sample_weight=wrong(device))
+
+
 # The encoders
 
 
@@ -314,3 +332,91 @@ def test_offsets_that_do_not_ascend_are_named_on_request(flex, device, monkeypat
     message = f"offsets must ascend from 0 to at most P = 12, got {offsets}"
     with pytest.raises(IndexError, match=f"^{re.escape(message)}$"):
         encode(offsets=torch.tensor(offsets, device=device))
+
+
+# The decode
+
+
+@pytest.fixture(params=["triton_sae_decode", "sae_decode"])
+def decode(request, flex):
+    return getattr(flex, request.param)
+
+
+def decode_arguments(device, ragged):
+    """B, K, F, D = 4, 3, 9, 33; of ragged pairs 12."""
+    indices, weight, vals, bias, _ = make_problem(4, 3, 9, 33, device=device)
+    arguments = {"indices": indices, "weight": weight, "vals": vals, "bias": bias}
+    if not ragged:
+        return arguments
+    offsets = torch.arange(0, 13, 3, device=device)
+    return {**arguments, "indices": indices.flatten(), "vals": vals.flatten(), "offsets": offsets}
+
+
+FIXED, RAGGED = False, True
+DECODE_MISTAKES = [
+    *((ragged, name, zeros(*shape, dtype=torch.int64 if name in ("indices", "offsets") else torch.float32), ValueError,
+       f"{name} must have {message}") for ragged, name, shape, message in [
+        (FIXED, "weight", (9,), "shape [F, D] with F >= 1 and D >= 1, got (9,)"),
+        (FIXED, "weight", (0, 33), "shape [F, D] with F >= 1 and D >= 1, got (0, 33)"),
+        (FIXED, "indices", (12,), "shape [B, K], got (12,)"),
+        (FIXED, "indices", (2, 2, 3), f"shape [B, K], got (2, 2, 3): {FLATTEN}"),
+        (RAGGED, "indices", (4, 3), "shape [P] where there are offsets, got (4, 3)"),
+        (RAGGED, "offsets", (5, 1), "shape [B + 1], got (5, 1)"),
+        (RAGGED, "offsets", (0,), "shape [B + 1], got (0,)"),
+        (FIXED, "vals", (4, 2), "the shape of indices, (4, 3), got (4, 2)"),
+        (RAGGED, "vals", (4, 3), "the shape of indices, (12,), got (4, 3)"),
+        (FIXED, "bias", (34,), "shape [D] = (33,), got (34,)"),
+        # The weight of a linear decoder
+        (FIXED, "bias", (9,), "shape [D] = (33,), got (9,), and weight (9, 33): pass weight.t()"),
+    ]),
+    *((RAGGED, name, zeros(*shape, dtype=torch.float16), TypeError,
+       f"{name} must be int32 or int64, got torch.float16") for name, shape in (("indices", (12,)), ("offsets", (5,)))),
+    *((FIXED, name, zeros(*SHAPES[name], dtype=torch.int64), TypeError,
+       f"{name} must be float16, bfloat16, float32 or float64, got torch.int64") for name in NAMES[1:4]),
+    *((RAGGED, name, lambda device: [[0.0]], TypeError, f"{name} must be a torch.Tensor, got list")
+      for name in (*NAMES[:4], "offsets")),
+    *((RAGGED, name, lambda device: torch.zeros(12, device="meta", dtype=torch.int64), ValueError,
+       f"{name} must be on the device of weight, DEVICE, got meta") for name in ("indices", "offsets")),
+    (FIXED, "weight", lambda device: torch.nn.Linear(9, 33, device=device), TypeError,
+     "weight must be a torch.Tensor, got Linear; pass its .weight.t()"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("ragged, name, wrong, error, message", DECODE_MISTAKES, ids=[m[-1] for m in DECODE_MISTAKES])
+def test_a_mistake_to_the_decode_is_named(decode, device, ragged, name, wrong, error, message):
+    arguments = decode_arguments(device, ragged)
+    message = message.replace("DEVICE", str(arguments["weight"].device))
+    with pytest.raises(error, match=f"^{re.escape(message)}$"):
+        decode(**{**arguments, name: wrong(device)})
+
+
+@pytest.mark.parametrize("B, K, F, D", [(2**22, 1024, 9, 33), (2**30, 1, 9, 33), (4, 1, 2**30, 33), (4, 1, 9, 2**21)])
+def test_sizes_that_are_too_large_for_the_decode_are_named(decode, device, B, K, F, D):
+    number = torch.zeros((), device=device)
+    rest = "B * ceil(D / 32), F * ceil(D / 32) <= 2**31 - 2**21 and D <= 2**20, got "
+    offsets = number.long().expand(B + 1)
+    for shape, options, pairs, got in (
+        ((B, K), {}, "B * K", f"B={B}, K={K}"),
+        ((B * K,), {"offsets": offsets}, "P", f"B={B}, P={B * K}"),
+    ):
+        message = f"sizes must satisfy {pairs}, {rest}{got}, F={F}, D={D}"
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+            decode(number.long().expand(shape), number.expand(F, D), number.expand(shape), **options)
+
+
+@pytest.mark.parametrize("ragged", [FIXED, RAGGED])
+def test_an_index_out_of_range_of_the_decode_is_named_on_request(decode, device, monkeypatch, ragged):
+    monkeypatch.setenv("FLEX_SAE_CHECK_INDICES", "1")
+    arguments = decode_arguments(device, ragged)
+    decode(**arguments)
+    place = [7] if ragged else [2, 1]
+    arguments["indices"][tuple(place)] = 9
+    with pytest.raises(IndexError, match=re.escape(f"indices must lie in [0, F) = [0, 9), got 9 at {place}")):
+        decode(**arguments)
+
+
+def test_offsets_of_the_decode_that_do_not_ascend_are_named_on_request(decode, device, monkeypatch):
+    monkeypatch.setenv("FLEX_SAE_CHECK_INDICES", "1")
+    offsets = torch.tensor([0, 4, 3, 6, 12], device=device)
+    with pytest.raises(IndexError, match=r"^offsets must ascend from 0 to at most P = 12, got \[0, 4, 3, 6, 12\]$"):
+        decode(**{**decode_arguments(device, True), "offsets": offsets})

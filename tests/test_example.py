@@ -21,8 +21,9 @@ GRADIENTS = ("d weight", "d vals", "d bias", "d target")  # of a loss
 ENCODER = ("selection", "d x", "d weight", "d bias")
 # The higher of two equal features first
 OTHER_TIES = """
+lower_first = triton_topk_encode
 def triton_topk_encode(x, weight, bias, k):
-    vals, indices = topk_encode(x, weight.flip(0), None if bias is None else bias.flip(0), k)
+    vals, indices = lower_first(x, weight.flip(0), None if bias is None else bias.flip(0), k)
     return vals, len(weight) - 1 - indices
 """
 # 1% off in the loss is 1% off in its gradients

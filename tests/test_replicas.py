@@ -63,9 +63,9 @@ BAD = [-1, 9, -(2**31), 2**31, 2**40, -(2**63), 2**63 - 1]
 def test_bad_indices_are_not_counted(flex, device):
     problem = make_problem(20, 14, 9, 33, device=device)
     bad = torch.tensor(BAD, device=device).repeat(40).view(20, 14)
-    _, _, _, counts, _ = flex._ops.ops.hierarchical_forward(*problem._replace(indices=bad), True, True)
+    *_, counts, _ = flex._ops.ops.hierarchical_forward(*problem._replace(indices=bad), None, True, True, False)
     assert counts.tolist() == [0] * 9
-    _, _, _, counts, _ = flex._ops.ops.hierarchical_forward(*problem, True, True)
+    *_, counts, _ = flex._ops.ops.hierarchical_forward(*problem, None, True, True, False)
     assert torch.equal(counts.long(), problem.indices.flatten().bincount(minlength=9))
 
 

@@ -20,17 +20,25 @@ def check_inputs(
     vals: torch.Tensor,  # [B, K]
     bias: torch.Tensor,  # [D]
     target: torch.Tensor,  # [B, D]
+    sample_weight: Optional[torch.Tensor] = None,  # [B]
     ordered: bool = False,
 ) -> None:
-    """Raise TypeError or ValueError, naming the argument, unless the five tensors fit together.
+    """Raise TypeError or ValueError, naming the argument, unless the arguments of a loss fit together.
 
     With ``FLEX_SAE_CHECK_INDICES=1`` in the environment it also reads the values, at the cost of a device
     synchronisation: it raises IndexError at the first index outside ``[0, F)``, and warns of vals that do not descend
     where their order matters (``ordered``).
     """
     tensors = {"indices": indices, "weight": weight, "vals": vals, "bias": bias, "target": target}
-    _check_tensors(tensors, "pass its .weight.t()")
+    given = {} if sample_weight is None else {"sample_weight": sample_weight}
+    _check_tensors({**tensors, **given}, "pass its .weight.t()")
     _check_shapes(**tensors)
+    if sample_weight is not None:
+        if sample_weight.shape != (len(indices),):
+            expected = f"[B] = {(len(indices),)}"
+            raise ValueError(f"sample_weight must have shape {expected}, got {tuple(sample_weight.shape)}")
+        if sample_weight.requires_grad and torch.is_grad_enabled():
+            raise ValueError("sample_weight must not require a gradient, for it gets none: detach it")
     if _checks_values():
         _check_indices(indices, len(weight))
         if ordered and (vals[:, 1:] > vals[:, :-1]).any():

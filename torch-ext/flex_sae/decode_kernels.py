@@ -35,21 +35,23 @@ from .tiles import (
 
 # Steps of a tile, as in the TopK forward pass
 _BLOCK_K = 32
+# Chunks of ragged pairs at most, and pairs of one at least
+_MAX_CHUNKS, _MIN_CHUNK = 512, 256
+# Partial sums, and columns of them, that a program, four warps, adds at a time
+_REDUCE_BLOCK_C, _REDUCE_BLOCK_D = 4, 512
 
 
 @cached_launch
-@triton.jit(do_not_specialize=["F", "P", "weight_stride"])
+@triton.jit(do_not_specialize=["F", "weight_stride"])
 def _decode_kernel(
     recon_ptr,  # [B, D]
-    indices_ptr,  # [P], the pairs of sample b from b * K or offsets[b] on
+    indices_ptr,  # [B, K]
     weight_ptr,  # [F, D]
-    vals_ptr,  # [P]
+    vals_ptr,  # [B, K]
     bias_ptr,  # [D], or None
-    offsets_ptr,  # [B + 1], or None
     weight_stride,
     K,
     F,
-    P,
     D: tl.constexpr,
     DOUBLE: tl.constexpr,  # sums are float64
     EVEN_K: tl.constexpr,
@@ -58,21 +60,92 @@ def _decode_kernel(
     BLOCK_D: tl.constexpr,
 ):
     b, _, cols, in_row = sample_tile(D, BLOCK_D)
-    dtype: tl.constexpr = tl.float64 if DOUBLE else tl.float32
-    if bias_ptr is not None:
-        recon = tl.load(bias_ptr + cols, mask=in_row, other=0.0).to(dtype)
-    else:
-        recon = tl.zeros([BLOCK_D], dtype)
-    row = b
-    if offsets_ptr is not None:
-        start, K = load_offsets(offsets_ptr, b, P)
-        indices_ptr += start
-        vals_ptr += start
-        row = 0
+    recon = _load_bias(bias_ptr, cols, in_row, tl.float64 if DOUBLE else tl.float32)
     recon = add_rows(
-        recon, indices_ptr, weight_ptr, vals_ptr, row, cols, in_row, weight_stride, K, F, EVEN_K, ALIGN, BLOCK_K
+        recon, indices_ptr, weight_ptr, vals_ptr, b, cols, in_row, weight_stride, K, F, EVEN_K, ALIGN, BLOCK_K
     )
     tl.store(recon_ptr + b * D + cols, recon, mask=in_row)
+
+
+@cached_launch
+@triton.jit(do_not_specialize=["F", "P", "chunk", "chunks", "weight_stride"])
+def _ragged_decode_kernel(
+    recon_ptr,  # [B, D]
+    partials_ptr,  # [2 * chunks, D]
+    indices_ptr,  # [P]
+    weight_ptr,  # [F, D]
+    vals_ptr,  # [P]
+    bias_ptr,  # [D], or None
+    offsets_ptr,  # [B + 1]
+    chunk_samples_ptr,  # [chunks + 1], the samples of each chunk's first pair, and of the first one behind the last
+    weight_stride,
+    F,
+    P,
+    chunk,
+    chunks,
+    D: tl.constexpr,
+    ALIGN: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    # Parts of long samples, which take longest, go first.
+    pid, _, cols, in_row = sample_tile(D, BLOCK_D)
+    is_part = pid < 2 * chunks
+    if is_part:
+        # A chunk meets at most two long samples: one that reaches its start, one that reaches its end.
+        # The latter is that of the next chunk's first pair.
+        first = pid // 2 * chunk
+        start, end = load_offsets(offsets_ptr, tl.load(chunk_samples_ptr + pid // 2 + pid % 2), P)
+        active = (end - start > chunk) & ((pid % 2 == 0) | (start > first))
+        start, end = tl.maximum(start, first), tl.minimum(end, first + chunk)
+    else:
+        start, end = load_offsets(offsets_ptr, pid - 2 * chunks, P)
+        active = end - start <= chunk
+    if active:
+        # The bias of a long sample comes when its parts are added up.
+        recon = _load_bias(bias_ptr, cols, in_row & ~is_part, partials_ptr.dtype.element_ty)
+        recon = add_rows(
+            recon, indices_ptr + start, weight_ptr, vals_ptr + start, 0, cols, in_row, weight_stride,
+            (end - start).to(tl.int32), F, False, ALIGN, BLOCK_K,
+        )  # fmt: skip
+        if is_part:
+            tl.store(partials_ptr + pid * D + cols, recon, mask=in_row)
+        else:
+            tl.store(recon_ptr + (pid - 2 * chunks) * D + cols, recon, mask=in_row)
+
+
+@cached_launch
+@triton.jit(do_not_specialize=["P", "chunk"])
+def _add_parts_kernel(
+    recon_ptr,  # [B, D]
+    partials_ptr,  # [2 * chunks, D]
+    bias_ptr,  # [D], or None
+    offsets_ptr,  # [B + 1]
+    P,
+    chunk,
+    D: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    b, _, cols, in_row = sample_tile(D, BLOCK_D)
+    start, end = load_offsets(offsets_ptr, b, P)
+    if end - start > chunk:
+        recon = _load_bias(bias_ptr, cols, in_row, partials_ptr.dtype.element_ty)
+        first, last = start // chunk, (end - 1) // chunk
+        for first_id in range(first, last + 1, BLOCK_C):
+            chunk_id = first_id + tl.arange(0, BLOCK_C)
+            row = 2 * chunk_id + tl.where((chunk_id == first) & (start % chunk > 0), 1, 0)
+            mask = (chunk_id <= last)[:, None] & in_row[None, :]
+            recon += tl.sum(tl.load(partials_ptr + (row * D)[:, None] + cols[None, :], mask=mask, other=0.0), axis=0)
+        tl.store(recon_ptr + b * D + cols, recon, mask=in_row)
+
+
+@triton.jit
+def _load_bias(bias_ptr, cols, mask, dtype: tl.constexpr):
+    if bias_ptr is None:
+        return tl.zeros(cols.shape, dtype)
+    else:
+        return tl.load(bias_ptr + cols, mask=mask, other=0.0).to(dtype)
 
 
 def decode(
@@ -84,35 +157,76 @@ def decode(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """recon [B, D], summed in float32, or float64 if any input is, and rounded to ``dtype``."""
-    F, D = weight.shape
+    (F, D), P = weight.shape, indices.numel()
     B = len(indices) if offsets is None else len(offsets) - 1
-    K = 0 if offsets is not None else indices.shape[1]
-    weight = unit_stride_rows(weight)
-    accumulated = compute_dtype(weight, vals) if bias is None else compute_dtype(weight, vals, bias)
-    block_k = _BLOCK_K if offsets is not None else min(_BLOCK_K, next_power_of_2(K))
+    indices, weight, vals = indices.contiguous(), unit_stride_rows(weight), vals.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    accumulated = compute_dtype(weight, vals, bias)
     block_d = gather_columns(weight, accumulated)
     recon = weight.new_empty(B, D, dtype=dtype)
     with device_of(weight):
-        _decode_kernel[(B, cdiv(D, block_d))](
-            recon,
-            indices.contiguous(),
-            weight,
-            vals.contiguous(),
-            None if bias is None else bias.contiguous(),
-            None if offsets is None else offsets.contiguous(),
-            weight.stride(0),
-            K,
-            F,
-            indices.numel(),
-            D=D,
-            DOUBLE=accumulated == torch.float64,
-            EVEN_K=offsets is None and K % block_k == 0,
-            ALIGN=row_alignment(weight, block_d // 32),
-            BLOCK_K=block_k,
-            BLOCK_D=block_d,
-            num_warps=1,
-        )
+        if offsets is None:
+            K = indices.shape[1]
+            block_k = min(_BLOCK_K, next_power_of_2(K))
+            _decode_kernel[(B, cdiv(D, block_d))](
+                recon,
+                indices,
+                weight,
+                vals,
+                bias,
+                weight.stride(0),
+                K,
+                F,
+                D=D,
+                DOUBLE=accumulated == torch.float64,
+                EVEN_K=K % block_k == 0,
+                ALIGN=row_alignment(weight, block_d // 32),
+                BLOCK_K=block_k,
+                BLOCK_D=block_d,
+                num_warps=1,
+            )
+        else:
+            chunk, chunks = chunk_pairs(P)
+            offsets = offsets.contiguous()
+            partials = weight.new_empty(2 * chunks, D, dtype=accumulated)
+            _ragged_decode_kernel[(2 * chunks + B, cdiv(D, block_d))](
+                recon,
+                partials,
+                indices,
+                weight,
+                vals,
+                bias,
+                offsets,
+                _chunk_samples(offsets, chunk, chunks),
+                weight.stride(0),
+                F,
+                P,
+                chunk,
+                chunks,
+                D=D,
+                ALIGN=row_alignment(weight, block_d // 32),
+                BLOCK_K=_BLOCK_K,
+                BLOCK_D=block_d,
+                num_warps=1,
+            )
+            reduce_block_d = min(_REDUCE_BLOCK_D, next_power_of_2(D))
+            _add_parts_kernel[(B, cdiv(D, reduce_block_d))](
+                recon, partials, bias, offsets, P, chunk, D=D, BLOCK_C=_REDUCE_BLOCK_C, BLOCK_D=reduce_block_d
+            )
     return recon
+
+
+def chunk_pairs(P: int) -> tuple[int, int]:
+    """The pairs of a chunk, and the number of chunks."""
+    chunk = max(_MIN_CHUNK, cdiv(P, _MAX_CHUNKS))
+    return chunk, cdiv(P, chunk)
+
+
+def _chunk_samples(offsets, chunk, chunks):
+    """The samples of each chunk's first pair, and of the first one behind the last chunk; [chunks + 1]."""
+    first_pairs = torch.arange(0, (chunks + 1) * chunk, chunk, device=offsets.device)  # int32 may overflow
+    # Without the ends of offsets what is found is a sample, in spare room too.
+    return torch.searchsorted(offsets[1:-1].long(), first_pairs, right=True)
 
 
 def _decode_backward(
@@ -145,8 +259,8 @@ def _decode_backward(
             sums.add(recon_grad)
             sums.finish()
         if needs_vals and offsets is not None:
-            places = torch.arange(len(vals), device=vals.device)
-            vals_grad.masked_fill_((places < offsets[0]) | (places >= offsets[-1]), 0)
+            places = torch.arange(len(vals), dtype=offsets.dtype, device=vals.device)
+            vals_grad.masked_fill_(places >= offsets[-1], 0)
     return weight_grad, vals_grad, bias_grad
 
 

@@ -24,9 +24,10 @@ def needs_gradients(*tensors: Optional[torch.Tensor]) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
-def compute_dtype(*tensors: torch.Tensor) -> torch.dtype:
+def compute_dtype(*tensors: Optional[torch.Tensor]) -> torch.dtype:
     """The dtype of all sums: float64 if any of the tensors is float64, else float32."""
-    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+    double = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
+    return torch.float64 if double else torch.float32
 
 
 def promoted_dtype(*tensors: Optional[torch.Tensor]) -> torch.dtype:

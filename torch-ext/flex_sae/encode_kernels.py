@@ -60,7 +60,8 @@ def _sparse_dots_kernel(
     dtype: tl.constexpr = dots_ptr.dtype.element_ty
     start = b * K
     if offsets_ptr is not None:
-        start, K = load_offsets(offsets_ptr, b, P)
+        start, end = load_offsets(offsets_ptr, b, P)
+        K = (end - start).to(tl.int32)
     indices_ptr += start
     dots_ptr += tile.to(tl.int64) * P + start
     x = tl.load(x_ptr + b * x_stride + cols, mask=in_row, other=0.0).to(dtype)

@@ -54,10 +54,11 @@ def _hierarchical_atomic_kernel(
     vals_sums_ptr,  # [B, K], zeros to add to, or None
     table_ptr,  # the table of replicas, or None
     residual_ptr,  # [B, D], r_{K-1}
-    scale_ptr,  # 0-dim, c
+    scale_ptr,  # 0-dim, c without the sample's weight
     indices_ptr,  # [B, K]
     weight_ptr,  # [F, D]
     vals_ptr,  # [B, K]
+    sample_weight_ptr,  # [B], or None for weights of 1
     weight_stride,
     K,
     F,
@@ -71,6 +72,8 @@ def _hierarchical_atomic_kernel(
     dtype: tl.constexpr = scale_ptr.dtype.element_ty
 
     scale = tl.load(scale_ptr)
+    if sample_weight_ptr is not None:
+        scale *= tl.load(sample_weight_ptr + b)
     residual = tl.load(residual_ptr + b * D + cols, mask=in_row, other=0.0)
     suffix = tl.zeros([BLOCK_D], dtype)
     any_replicas = False
@@ -115,10 +118,11 @@ def _hierarchical_scratch_kernel(
     row_scales_ptr,  # [B], or None for scales of 1
     slots_ptr,  # [B, K], the row of scratch for each pair, or None
     residual_ptr,  # [B, D], r_{K-1}
-    scale_ptr,  # 0-dim, c
+    scale_ptr,  # 0-dim, c without the sample's weight
     indices_ptr,  # [B, K]
     weight_ptr,  # [F, D]
     vals_ptr,  # [B, K]
+    sample_weight_ptr,  # [B], or None for weights of 1
     weight_stride,
     scratch_stride,
     B,
@@ -140,6 +144,8 @@ def _hierarchical_scratch_kernel(
     dtype: tl.constexpr = scale_ptr.dtype.element_ty
 
     scale = tl.load(scale_ptr)
+    if sample_weight_ptr is not None:
+        scale *= tl.load(sample_weight_ptr + b)
     inverse_scale = 1.0 if row_scales_ptr is None else 1.0 / tl.load(row_scales_ptr + b)
     residual = tl.load(residual_ptr + b * D + cols, mask=in_row, other=0.0)
     suffix = tl.zeros([BLOCK_D], dtype)
@@ -183,11 +189,12 @@ def _hierarchical_scratch_kernel(
 
 def atomic_gradients(
     residual: torch.Tensor,  # [B, D], r_{K-1}
-    scale: torch.Tensor,  # 0-dim, c
+    scale: torch.Tensor,  # 0-dim, c without the samples' weights
     counts: torch.Tensor,  # [F]
     indices: torch.Tensor,  # [B, K]
     weight: torch.Tensor,  # [F, D], of the dtype of scale
     vals: torch.Tensor,  # [B, K]
+    sample_weight: Optional[torch.Tensor],  # [B], of the dtype of scale
     needs_weight: bool,
     needs_vals: bool,
 ) -> tuple[Optional[torch.Tensor], Optional[torch.Tensor]]:
@@ -207,6 +214,7 @@ def atomic_gradients(
         indices,
         weight,
         vals,
+        sample_weight,
         weight.stride(0),
         K,
         F,
@@ -223,11 +231,12 @@ def atomic_gradients(
 
 def ordered_gradients(
     residual: torch.Tensor,  # [B, D], r_{K-1}
-    scale: torch.Tensor,  # 0-dim, c
+    scale: torch.Tensor,  # 0-dim, c without the samples' weights
     row_scales: torch.Tensor,  # [B], or empty where scratch is not narrow
     indices: torch.Tensor,  # [B, K]
     weight: torch.Tensor,  # [F, D]
     vals: torch.Tensor,  # [B, K]
+    sample_weight: Optional[torch.Tensor],  # [B], of the dtype of scale
     needs_weight: bool,
     needs_vals: bool,
 ) -> tuple[Optional[torch.Tensor], Optional[torch.Tensor]]:
@@ -245,7 +254,10 @@ def ordered_gradients(
     weight_grad = scratch = slots = None
     if needs_weight:
         weight_grad = weight.new_empty(F, D)
-        pairs = order_pairs(indices, vals, F, scale.dtype, row_scales, with_slots=True)
+        coef_scales = row_scales
+        if sample_weight is not None:
+            coef_scales = sample_weight if row_scales is None else row_scales * sample_weight
+        pairs = order_pairs(indices, vals, F, scale.dtype, coef_scales, with_slots=True)
         sums, slots = SegmentSum(pairs, scale, D, weight_grad, part_columns=columns), pairs.slots
         scratch = scale.new_empty(B * K, columns, dtype=torch.float16 if narrow else scale.dtype)
     for first_column in range(0, D, columns):
@@ -259,6 +271,7 @@ def ordered_gradients(
             indices,
             weight,
             vals,
+            sample_weight,
             weight.stride(0),
             columns,
             B,

@@ -40,6 +40,7 @@ def _gather_pairs_kernel(
     vals_ptr,  # [B * K]
     row_scales_ptr,  # [B], or None
     pair_samples_ptr,  # [P], the sample of each pair, or None: K pairs for each
+    pairs_end_ptr,  # 0-dim, where the pairs end and spare room begins, or None
     P,
     K,
     F,
@@ -48,7 +49,7 @@ def _gather_pairs_kernel(
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     exists = p < P
     pair = tl.load(order_ptr + p, mask=exists, other=0)
-    feature, in_range = _load_feature(indices_ptr, pair, exists, F)
+    feature, in_range, counts = _load_feature(indices_ptr, pair, exists, pairs_end_ptr, F)
     tl.store(features_ptr + p, feature, mask=exists)
     coef = tl.load(vals_ptr + pair, mask=exists, other=0.0).to(coefs_ptr.dtype.element_ty)
     coef = tl.where(in_range, coef, float("nan"))
@@ -64,18 +65,22 @@ def _gather_pairs_kernel(
     # Where one feature's pairs end and the next one's start
     has_next = p + 1 < P
     next_pair = tl.load(order_ptr + p + 1, mask=has_next, other=0)
-    next_feature, _ = _load_feature(indices_ptr, next_pair, has_next, F)
-    is_last = exists & ((feature != next_feature) | ~has_next)
-    tl.store(segments_ptr + 2 * feature.to(tl.int64) + 1, p + 1, mask=is_last)
-    tl.store(segments_ptr + 2 * next_feature.to(tl.int64), p + 1, mask=is_last & has_next)
+    next_feature, _, next_counts = _load_feature(indices_ptr, next_pair, has_next, pairs_end_ptr, F)
+    differs = (feature != next_feature) | (counts != next_counts)
+    tl.store(segments_ptr + 2 * feature.to(tl.int64) + 1, p + 1, mask=counts & differs)
+    tl.store(segments_ptr + 2 * next_feature.to(tl.int64), p + 1, mask=next_counts & differs)
 
 
 @triton.jit
-def _load_feature(indices_ptr, pair, exists, F):
-    """The feature that a pair was sorted by, and whether that is its index: one out of range wraps or is clamped."""
+def _load_feature(indices_ptr, pair, exists, pairs_end_ptr, F):
+    """The feature that a pair was sorted by; whether that is its index, as one out of range wraps or is clamped; and
+    whether the pair belongs to its segment, as one in spare room does not."""
     index = tl.load(indices_ptr + pair, mask=exists, other=0)
     feature = tl.where(F <= _MAX_SHORT_KEYS, index & 0xFFFF, index).to(tl.int32)
-    return tl.minimum(tl.maximum(feature, 0), F - 1), (index >= 0) & (index < F)
+    counts = exists
+    if pairs_end_ptr is not None:
+        counts = exists & (pair < tl.load(pairs_end_ptr))
+    return tl.minimum(tl.maximum(feature, 0), F - 1), (index >= 0) & (index < F), counts
 
 
 def order_pairs(
@@ -91,13 +96,12 @@ def order_pairs(
 
     With ``offsets`` the pairs of sample b are ``offsets[b]:offsets[b + 1]``; others belong to no segment."""
     K, P = 1 if indices.dim() == 1 else indices.shape[1], indices.numel()
-    pair_samples = None
+    pair_samples = pairs_end = None
     if offsets is not None:
-        B, places = len(offsets) - 1, torch.arange(P, dtype=offsets.dtype, device=offsets.device)
-        pair_samples = torch.searchsorted(offsets, places, right=True, out_int32=True) - 1
-        spare = (pair_samples < 0) | (pair_samples >= B)
-        indices = indices.masked_fill(spare, 0)
-        pair_samples = pair_samples.clamp(0, B - 1)
+        places, pairs_end = torch.arange(P, dtype=offsets.dtype, device=offsets.device), offsets[-1]
+        # Without the ends of offsets what is found is a sample, in spare room too.
+        pair_samples = torch.searchsorted(offsets[1:-1], places, right=True, out_int32=True)
+        indices = indices.masked_fill(places >= pairs_end, 0)  # behind the pairs of feature 0
     # `out` narrows without an int64 temporary. Truncated keys sort as the results of _load_feature do.
     short = _MAX_SHORT_KEYS.value >= F
     keys = indices.new_empty(P, dtype=torch.int16 if short else torch.int32)
@@ -122,11 +126,10 @@ def order_pairs(
         vals,
         row_scales,
         pair_samples,
+        pairs_end,
         P,
         K,
         F,
         BLOCK_P=_BLOCK_P,
     )
-    if offsets is not None:
-        pairs.segments[0, 1] -= spare.sum()  # they stand behind the pairs of feature 0
     return pairs

@@ -1,7 +1,7 @@
 """Encoder and losses in plain torch, for any device: the definition of what the kernels compute, with the same
 arguments, semantics and errors. Gradients are autograd's."""
 
-from typing import Optional
+from typing import Optional, Union
 
 import torch
 
@@ -15,10 +15,13 @@ def topk_sae_loss(
     vals: torch.Tensor,  # [B, K]
     bias: torch.Tensor,  # [D]
     target: torch.Tensor,  # [B, D]
-) -> torch.Tensor:
+    *,
+    sample_weight: Optional[torch.Tensor] = None,  # [B]
+    return_recon: bool = False,
+) -> Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
     """`triton_topk_sae_loss` in plain torch. It gathers ``[B, K, D]`` numbers."""
-    check_inputs(indices, weight, vals, bias, target)
-    return unchecked_topk_sae_loss(indices, weight, vals, bias, target)
+    check_inputs(indices, weight, vals, bias, target, sample_weight)
+    return unchecked_topk_sae_loss(indices, weight, vals, bias, target, sample_weight, return_recon)
 
 
 def hierarchical_sae_loss(
@@ -27,10 +30,13 @@ def hierarchical_sae_loss(
     vals: torch.Tensor,  # [B, K]
     bias: torch.Tensor,  # [D]
     target: torch.Tensor,  # [B, D]
-) -> torch.Tensor:
+    *,
+    sample_weight: Optional[torch.Tensor] = None,  # [B]
+    return_recon: bool = False,
+) -> Union[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
     """`triton_hierarchical_sae_loss` in plain torch. It holds ``[B, K, D]`` numbers several times over."""
-    check_inputs(indices, weight, vals, bias, target, ordered=True)
-    return unchecked_hierarchical_sae_loss(indices, weight, vals, bias, target)
+    check_inputs(indices, weight, vals, bias, target, sample_weight, ordered=True)
+    return unchecked_hierarchical_sae_loss(indices, weight, vals, bias, target, sample_weight, return_recon)
 
 
 def topk_encode(
@@ -72,16 +78,25 @@ def sae_decode(
     return unchecked_sae_decode(indices, weight, vals, bias, offsets, promoted_dtype(weight, vals, bias))
 
 
-def unchecked_topk_sae_loss(indices, weight, vals, bias, target):
-    dtype = compute_dtype(weight, vals, bias, target)
+def unchecked_topk_sae_loss(indices, weight, vals, bias, target, sample_weight, return_recon):
+    dtype = compute_dtype(weight, vals, bias, target, sample_weight)
     recon = bias.to(dtype) + _terms(indices, weight, vals, dtype).sum(1)
-    return (recon - target.to(dtype)).square().mean()
+    loss = _weighted_mean((recon - target.to(dtype)).square(), sample_weight)
+    return (loss, recon.detach().to(promoted_dtype(weight, vals, bias))) if return_recon else loss
 
 
-def unchecked_hierarchical_sae_loss(indices, weight, vals, bias, target):
-    dtype = compute_dtype(weight, vals, bias, target)
+def unchecked_hierarchical_sae_loss(indices, weight, vals, bias, target, sample_weight, return_recon):
+    dtype = compute_dtype(weight, vals, bias, target, sample_weight)
     recons = bias.to(dtype) + _terms(indices, weight, vals, dtype).cumsum(1)
-    return (recons - target.to(dtype).unsqueeze(1)).square().mean()
+    loss = _weighted_mean((recons - target.to(dtype).unsqueeze(1)).square(), sample_weight)
+    return (loss, recons[:, -1].detach().to(promoted_dtype(weight, vals, bias))) if return_recon else loss
+
+
+def _weighted_mean(squares, sample_weight):
+    """The mean of squares [B, ..], each sample times its weight."""
+    if sample_weight is not None:
+        squares = squares * sample_weight.to(squares.dtype).view(-1, *[1] * (squares.dim() - 1))
+    return squares.mean()
 
 
 def linear(x, weight, bias, dtype):

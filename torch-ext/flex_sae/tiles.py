@@ -42,10 +42,10 @@ def load_pairs(
 
 @triton.jit
 def load_offsets(offsets_ptr, b, P):
-    """Where the pairs of sample b start, and how many they are; inside of [0, P) whatever the offsets are."""
+    """Where the pairs of sample b start and end, inside of [0, P] whatever the offsets are."""
     start, end = tl.load(offsets_ptr + b).to(tl.int64), tl.load(offsets_ptr + b + 1).to(tl.int64)
     start = tl.minimum(tl.maximum(start, 0), P)
-    return start, tl.maximum(tl.minimum(end, P) - start, 0).to(tl.int32)
+    return start, tl.maximum(tl.minimum(end, P), start)
 
 
 @triton.jit
