@@ -4,13 +4,15 @@ import pytest
 import torch
 from support import submodule
 
+F16, F32, F64 = torch.float16, torch.float32, torch.float64
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+
+@pytest.mark.parametrize("rows_dtype, dtype", [(F32, F32), (F64, F64), (F16, F32)], ids=str)
 @pytest.mark.parametrize("B", [1, 511, 8192, 8193])
 @pytest.mark.parametrize("D", [1, 3, 33])
-def test_columns_are_summed_and_scaled(flex, device, B, D, dtype):
+def test_columns_are_summed_and_scaled(flex, device, B, D, rows_dtype, dtype):
     generator = torch.Generator(device).manual_seed(0)
-    rows = torch.randn(B, D, generator=generator, device=device, dtype=dtype)
+    rows = torch.randn(B, D, generator=generator, device=device, dtype=rows_dtype)
     scale = torch.tensor(-0.3, device=device, dtype=dtype)
     sums = submodule(flex, "column_sum").sum_columns(rows, scale)
     assert (sums.shape, sums.dtype) == ((D,), dtype)

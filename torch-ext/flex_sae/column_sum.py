@@ -29,27 +29,27 @@ def _column_sum_kernel(
     cols = tl.program_id(0) % tiles * BLOCK_D + tl.arange(0, BLOCK_D)
     part = (tl.program_id(0) // tiles).to(tl.int64)
     in_row = cols < D
-    dtype: tl.constexpr = rows_ptr.dtype.element_ty
+    dtype: tl.constexpr = scale_ptr.dtype.element_ty
     # Loaded before the loop: if it is loaded after it, ptxas loads a thread's rows one by one, at up to twice the time.
     scale = tl.load(scale_ptr)
     total = tl.zeros([BLOCK_B, BLOCK_D], dtype)
     for start in range(part * ROWS, tl.minimum((part + 1) * ROWS, B), BLOCK_B):
         b = start + tl.arange(0, BLOCK_B)
         mask = (b < B)[:, None] & in_row[None, :]
-        total += tl.load(rows_ptr + (b * D)[:, None] + cols[None, :], mask=mask, other=0.0)
+        total += tl.load(rows_ptr + (b * D)[:, None] + cols[None, :], mask=mask, other=0.0).to(dtype)
     tl.store(out_ptr + part * D + cols, tl.sum(total, axis=0) * scale, mask=in_row)
 
 
 def sum_columns(
     rows: torch.Tensor,  # [B, D], contiguous
-    scale: torch.Tensor,  # 0-dim, of the dtype of rows
+    scale: torch.Tensor,  # 0-dim
 ) -> torch.Tensor:
-    """``scale * rows.sum(0)``, [D], in the dtype of rows: the same bits every run."""
+    """``scale * rows.sum(0)``, [D], summed in the dtype of scale: the same bits every run."""
     B, D = rows.shape
     parts, block_d = cdiv(B, _ROWS), min(_BLOCK_D, next_power_of_2(D))
     # Rows that are not aligned are loaded element by element, which takes more registers.
     block_b = _BLOCK_B if D % 16 == 0 else _BLOCK_B // 2
-    sums = rows.new_empty(parts, D)
+    sums = scale.new_empty(parts, D)
     # One dimension: either of the two may exceed 65535.
     _column_sum_kernel[(parts * cdiv(D, block_d),)](
         sums, rows, scale, B, D, ROWS=_ROWS, BLOCK_B=block_b, BLOCK_D=block_d, num_warps=_WARPS

@@ -25,10 +25,11 @@ class OrderedPairs(NamedTuple):
     samples: Optional[torch.Tensor]  # [P] int32
     slots: Optional[torch.Tensor]  # [B, K] int32, the inverse of order
     segments: torch.Tensor  # [F, 2] int32, where a feature's pairs start and end; zeros if it has none
+    spare: Optional[torch.Tensor] = None  # [P] bool, which pairs are spare room, in the order of indices
 
 
 @cached_launch
-@triton.jit(do_not_specialize=["P", "F"])
+@triton.jit(do_not_specialize=["B", "P", "F"])
 def _gather_pairs_kernel(
     features_ptr,  # [P]
     coefs_ptr,  # [P]
@@ -40,7 +41,8 @@ def _gather_pairs_kernel(
     vals_ptr,  # [B * K]
     row_scales_ptr,  # [B], or None
     pair_samples_ptr,  # [P], the sample of each pair, or None: K pairs for each
-    pairs_end_ptr,  # 0-dim, where the pairs end and spare room begins, or None
+    offsets_ptr,  # [B + 1], or None
+    B,
     P,
     K,
     F,
@@ -49,7 +51,7 @@ def _gather_pairs_kernel(
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     exists = p < P
     pair = tl.load(order_ptr + p, mask=exists, other=0)
-    feature, in_range, counts = _load_feature(indices_ptr, pair, exists, pairs_end_ptr, F)
+    feature, in_range, counts = _load_feature(indices_ptr, pair, exists, offsets_ptr, B, F)
     tl.store(features_ptr + p, feature, mask=exists)
     coef = tl.load(vals_ptr + pair, mask=exists, other=0.0).to(coefs_ptr.dtype.element_ty)
     coef = tl.where(in_range, coef, float("nan"))
@@ -65,21 +67,21 @@ def _gather_pairs_kernel(
     # Where one feature's pairs end and the next one's start
     has_next = p + 1 < P
     next_pair = tl.load(order_ptr + p + 1, mask=has_next, other=0)
-    next_feature, _, next_counts = _load_feature(indices_ptr, next_pair, has_next, pairs_end_ptr, F)
+    next_feature, _, next_counts = _load_feature(indices_ptr, next_pair, has_next, offsets_ptr, B, F)
     differs = (feature != next_feature) | (counts != next_counts)
     tl.store(segments_ptr + 2 * feature.to(tl.int64) + 1, p + 1, mask=counts & differs)
     tl.store(segments_ptr + 2 * next_feature.to(tl.int64), p + 1, mask=next_counts & differs)
 
 
 @triton.jit
-def _load_feature(indices_ptr, pair, exists, pairs_end_ptr, F):
+def _load_feature(indices_ptr, pair, exists, offsets_ptr, B, F):
     """The feature that a pair was sorted by; whether that is its index, as one out of range wraps or is clamped; and
     whether the pair belongs to its segment, as one in spare room does not."""
     index = tl.load(indices_ptr + pair, mask=exists, other=0)
     feature = tl.where(F <= _MAX_SHORT_KEYS, index & 0xFFFF, index).to(tl.int32)
     counts = exists
-    if pairs_end_ptr is not None:
-        counts = exists & (pair < tl.load(pairs_end_ptr))
+    if offsets_ptr is not None:
+        counts = exists & (pair < tl.load(offsets_ptr + B))
     return tl.minimum(tl.maximum(feature, 0), F - 1), (index >= 0) & (index < F), counts
 
 
@@ -90,18 +92,19 @@ def order_pairs(
     dtype: torch.dtype,
     row_scales: Optional[torch.Tensor] = None,  # [B]
     with_slots: bool = False,
-    offsets: Optional[torch.Tensor] = None,  # [B + 1]
+    offsets: Optional[torch.Tensor] = None,  # [B + 1], contiguous
 ) -> OrderedPairs:
     """The pairs ordered by feature, with coefficients in ``dtype``, and with their samples or with slots.
 
     With ``offsets`` the pairs of sample b are ``offsets[b]:offsets[b + 1]``; others belong to no segment."""
     K, P = 1 if indices.dim() == 1 else indices.shape[1], indices.numel()
-    pair_samples = pairs_end = None
+    pair_samples = spare = None
     if offsets is not None:
-        places, pairs_end = torch.arange(P, dtype=offsets.dtype, device=offsets.device), offsets[-1]
+        places = torch.arange(P, dtype=offsets.dtype, device=offsets.device)
         # Without the ends of offsets what is found is a sample, in spare room too.
         pair_samples = torch.searchsorted(offsets[1:-1], places, right=True, out_int32=True)
-        indices = indices.masked_fill(places >= pairs_end, 0)  # behind the pairs of feature 0
+        spare = places >= offsets[-1]
+        indices = indices.masked_fill(spare, 0)  # behind the pairs of feature 0
     # `out` narrows without an int64 temporary. Truncated keys sort as the results of _load_feature do.
     short = _MAX_SHORT_KEYS.value >= F
     keys = indices.new_empty(P, dtype=torch.int16 if short else torch.int32)
@@ -114,6 +117,7 @@ def order_pairs(
         samples=None if with_slots else indices.new_empty(P, dtype=torch.int32),
         slots=indices.new_empty(indices.shape, dtype=torch.int32) if with_slots else None,
         segments=indices.new_zeros(F, 2, dtype=torch.int32),
+        spare=spare,
     )
     _gather_pairs_kernel[(cdiv(P, _BLOCK_P),)](
         pairs.features,
@@ -126,7 +130,8 @@ def order_pairs(
         vals,
         row_scales,
         pair_samples,
-        pairs_end,
+        offsets,
+        0 if offsets is None else len(offsets) - 1,
         P,
         K,
         F,
