@@ -29,6 +29,11 @@ class Case:
     training graph  the replay of a CUDA graph of training
     encoder         encoder and selection with their gradients; it has no loss
     parts           the parts of the package's training step, each a row
+    auxk            AuxK of docs/trainers.md with a twentieth of the features dead
+
+    And one that has no loss:
+
+    decode          reconstructions and their gradients for weight, vals and bias
     """
 
     shape: Shape
@@ -40,7 +45,7 @@ class Case:
 
     @property
     def rows(self) -> tuple[str, ...]:
-        return PARTS if self.mode == "parts" else ("flex_sae", *self.peers)
+        return {"parts": PARTS, "auxk": AUXK}.get(self.mode, ("flex_sae", *self.peers))
 
 
 PEERS = {
@@ -51,6 +56,12 @@ LOSSES = tuple(PEERS)
 TRAINING_PEERS = ("torch encoder, flex_sae loss", "torch eager", "torch.compile")
 # "encode" is matmul and selection.
 PARTS = ("matmul", "encode", "loss", "encoder gradients", "Adam")
+# The bookkeeping of what has fired, which every step pays, and AuxK itself
+AUXK = ("last_fired", "AuxK")
+DECODE_PEERS = (
+    *("flex_sae, random rows", "flex_sae, Zipf rows", "embedding_bag", "torch.sparse"),
+    *("dense codes", "flex_sae, of dense codes"),
+)
 
 
 def decoder_step() -> list[Case]:
@@ -105,12 +116,24 @@ def training() -> list[Case]:
                 cases.append(Case(shape, loss, "training", TRAINING_PEERS, precision))
                 cases += [Case(shape, loss, mode, (), precision) for mode in ("training graph", "parts")]
             cases.append(Case(shape, "", "encoder", TRAINING_PEERS[1:], precision))
+            cases.append(Case(shape, "", "auxk", (), precision))
         if shape == middle:
             cases += [Case(shape, "hierarchical", "training", (), p, "default") for p in ("float32", "TF32")]
     return cases
 
 
-SUITES = {suite.__name__: suite for suite in (decoder_step, losses, sizes, small, training)}
+def decode() -> list[Case]:
+    """The decode of fixed and ragged rows with its gradients, beside the TopK loss and other ways to compute it. torch
+    has no bfloat16 backward pass for embedding_bag and none for torch.sparse."""
+    cases = []
+    for shape in (Shape(4096, 32, 24576, 768), Shape(4096, 64, 65536, 2304)):
+        for dtype in ("float32", "bfloat16"):
+            peers = DECODE_PEERS if dtype == "float32" else tuple(p for p in DECODE_PEERS if p[0] not in "et")
+            cases += [Case(replace(shape, dtype=dtype), "", "decode", peers), Case(replace(shape, dtype=dtype), "topk")]
+    return cases
+
+
+SUITES = {suite.__name__: suite for suite in (decoder_step, losses, sizes, small, training, decode)}
 
 
 def quick(case: Case) -> Case:

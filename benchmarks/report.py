@@ -180,6 +180,38 @@ def encoder(results: list[dict]) -> str:
     )
 
 
+def auxk(results: list[dict]) -> str:
+    """What AuxK takes, and how much that is of a TopK step."""
+    steps = {
+        (*shape_of(r).values(), r["precision"]): r for r in training_step(results, "topk") if r["row"] == "flex_sae"
+    }
+
+    def figures(record):
+        step = steps[(*shape_of(record).values(), record["precision"])]
+        share = f" ({record['ms'] / step['ms']:.0%})" if step["status"] == "ok" else ""
+        return milliseconds(record["ms"]) + share
+
+    return pivot(
+        [r for r in results if r["mode"] == "auxk"],
+        lambda r: {**shape_of(r), "precision": r["precision"]},
+        lambda r: {r["row"]: cell(r, figures)},
+    )
+
+
+def decode(results: list[dict]) -> str:
+    """Decode and gradients: time, and memory beyond inputs and gradients."""
+    names = {"topk": "flex_sae, TopK loss"}
+    return pivot(
+        results,
+        lambda r: {"": names.get(r["loss"], r["row"])},
+        lambda r: {
+            f"{'/'.join(str(size) for size in shape_of(r).values())}, {r['dtype']}": cell(
+                r, lambda r: f"{milliseconds(r['ms'])}, {r['extra_gib']:.2f} GiB"
+            )
+        },
+    )
+
+
 def case_of(record: dict) -> tuple:
     return tuple(record[key] for key in (*"BKFD", "dtype", "distribution", "loss", "mode"))
 
@@ -214,8 +246,8 @@ def memory(results: list[dict]) -> str:
     )
 
 
-OF_TRAINING = (headline, training, training_topk, training_parts, training_graph, training_defaults, encoder)
-TABLES = {table.__name__: table for table in (*OF_TRAINING, decoder_step, losses, sizes, small, memory)}
+OF_TRAINING = (headline, training, training_topk, training_parts, training_graph, training_defaults, encoder, auxk)
+TABLES = {table.__name__: table for table in (*OF_TRAINING, decode, decoder_step, losses, sizes, small, memory)}
 # Of the tables whose suite has another name
 SUITES = {**{table.__name__: "training" for table in OF_TRAINING}, "memory": "losses"}
 

@@ -19,6 +19,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import decode
 import measure
 import records
 import torch
@@ -118,6 +119,17 @@ def run_training_case(case: Case, inputs: training.TrainingInputs, package) -> l
         return run_rows(case, inputs, functions, prepare)
 
 
+def run_decode_case(case: Case, inputs: Inputs, package) -> list[dict]:
+    """The rows of the decode. Dense products are in TF32, as in training."""
+    made = decode.DecodeInputs(inputs)
+    torch.set_float32_matmul_precision("high")
+    try:
+        functions = decode.implementations(case, made, package)
+        return run_rows(case, made, functions, functools.partial(decode.prepare, case, made))
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 def release(inputs) -> None:
     """Drop gradients and what reference cycles, as those of an error, keep alive."""
     inputs.clear()
@@ -144,23 +156,26 @@ def run(cases: list[Case], package, baselines: dict, out: Path | None) -> bool:
         for shape, group in itertools.groupby(cases, key=lambda case: case.shape):
             inputs, truths = None, {}
             for case in group:
-                functions = {} if case.precision else implementations(case, package, baselines)
+                functions = implementations(case, package, baselines) if case.loss and not case.precision else {}
                 try:
                     if case.precision:
                         inputs = inputs or training.TrainingInputs(shape)
                         lines = run_training_case(case, inputs, package)
                     else:
                         inputs = inputs or Inputs(shape)
-                        if case.loss not in truths:
-                            truths[case.loss] = inputs.truths(case.loss)
-                        lines = run_case(case, inputs, functions, truths[case.loss])
+                        if case.mode == "decode":
+                            lines = run_decode_case(case, inputs, package)
+                        else:
+                            if case.loss not in truths:
+                                truths[case.loss] = inputs.truths(case.loss)
+                            lines = run_case(case, inputs, functions, truths[case.loss])
                 except torch.OutOfMemoryError as error:  # what all rows share does not fit
                     lines = [{**blank(case, row), **failure(error)} for row in functions or case.rows]
                 if out:
                     records.append(out, lines)
                 for line in lines:
                     progress.write(describe(line))
-                    own = line["row"] == "flex_sae" or case.mode == "parts"
+                    own = line["row"].startswith("flex_sae") or case.mode in ("parts", "auxk")
                     right = right and (not own or line["status"] == "ok")
                 progress.update()
             del inputs, truths

@@ -1,7 +1,8 @@
 """Training steps of an SAE: their inputs, the ways to compute them, and the steps that are timed."""
 
 import functools
-from types import ModuleType
+import re
+from types import ModuleType, SimpleNamespace
 from typing import NamedTuple
 
 import inputs
@@ -9,6 +10,7 @@ import measure
 import torch
 from cases import Case, Shape
 from inputs import SETS
+from peers import ROOT
 from torch.nn.functional import linear, normalize
 from training_check import check
 
@@ -66,6 +68,8 @@ def implementations(case: Case, made: TrainingInputs, package: ModuleType, optim
     """The functions of a case by the name of their row; of mode "parts" the steps."""
     if case.mode == "parts":
         return parts(case, made, package, optimizer)
+    if case.mode == "auxk":
+        return auxk(case, made, package)
     fused = getattr(package, f"triton_{case.loss}_sae_loss") if case.loss else None
     reference = getattr(package, f"{case.loss}_sae_loss") if case.loss else None
     k = case.shape.K
@@ -101,7 +105,7 @@ def make_step(case: Case, made: TrainingInputs, function, optimizer=None):
 
 def make_optimizer(case: Case, made: TrainingInputs) -> torch.optim.Optimizer | None:
     """lr=0: the same work, and the parameters stay what was checked."""
-    if case.mode == "encoder":
+    if case.mode in ("encoder", "auxk"):
         return None
     options = {"fused": True, "capturable": case.mode == "training graph"} if case.optimizer == "fused" else {}
     return torch.optim.Adam(made.leaves, lr=0.0, **options)
@@ -109,7 +113,7 @@ def make_optimizer(case: Case, made: TrainingInputs) -> torch.optim.Optimizer | 
 
 def prepare(case: Case, made: TrainingInputs, optimizer, row: str, function):
     """Check a row. Returns the step to time, and what its record gets; raises whatever the row raises."""
-    if case.mode == "parts":  # of a row that is checked as a whole
+    if case.mode in ("parts", "auxk"):  # of a row that is checked as a whole, and code that has a test of its own
         return function, {"status": "ok"}
     step = make_step(case, made, function, optimizer)
     if case.mode == "training graph":
@@ -185,3 +189,31 @@ def parts(case: Case, made: TrainingInputs, package: ModuleType, optimizer) -> d
         "encoder gradients": encoder_gradients,
         "Adam": adam,
     }
+
+
+def auxk(case: Case, made: TrainingInputs, package: ModuleType) -> dict:
+    """The steps of mode "auxk", with the code of docs/trainers.md."""
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / "trainers.md").read_text(), re.MULTILINE | re.DOTALL)
+    names = {}
+    exec(next(block for block in blocks if "def auxk_backward" in block), names)
+    B, K, F, D = case.shape.B, case.shape.K, case.shape.F, case.shape.D
+    make_step(case, made, training_function(package.triton_topk_encode, package.triton_topk_sae_loss, K))(0)
+    _, weight, encoder_bias, decoder, bias = made.sets[0]
+    gradients = [leaf.grad for leaf in made.leaves]
+    encoder = SimpleNamespace(weight=weight, bias=encoder_bias)
+    centred = [arguments.x - bias.detach() for arguments in made.sets]
+    indices = torch.randint(F, (B, K), device=inputs.DEVICE)
+    vals = torch.randn(B, K, device=inputs.DEVICE)
+    last_fired = torch.zeros(F, dtype=torch.long, device=inputs.DEVICE)
+    dead = torch.randperm(F, device=inputs.DEVICE)[: F // 20].sort().values
+
+    def update_last_fired(i):
+        last_fired.scatter_reduce_(0, indices.flatten(), (vals > 0).flatten() * i, "amax")
+
+    def step(i):
+        for leaf, gradient in zip(made.leaves, gradients, strict=True):
+            leaf.grad = gradient
+        with autocast(case):
+            names["auxk_backward"](centred[i], made.sets[i].x, encoder, decoder, dead, D // 2, scale=1 / 32)
+
+    return {"last_fired": update_last_fired, "AuxK": step}

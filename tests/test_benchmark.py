@@ -160,6 +160,26 @@ def test_the_parts_of_a_training_step_are_timed(flex, timed, device, monkeypatch
     assert [(r["row"], r["status"]) for r in records] == [(part, "ok") for part in cases.PARTS]
 
 
+def test_auxk_is_timed(in_torch, timed):
+    records = training_records(in_torch, "", "auxk")
+    assert [(r["row"], r["status"], "ms" in r) for r in records] == [(row, "ok", True) for row in cases.AUXK]
+
+
+def test_every_way_to_decode_is_right(flex, timed, device, monkeypatch):
+    monkeypatch.setattr(inputs, "DEVICE", device)
+    case = cases.Case(SHAPE, "", "decode", cases.DECODE_PEERS)
+    records = run.run_decode_case(case, inputs.Inputs(SHAPE), flex)
+    assert [(r["row"], r["status"]) for r in records] == [(row, "ok") for row in case.rows]
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_a_wrong_decode_is_not_timed(flex, timed, device, monkeypatch):
+    monkeypatch.setattr(inputs, "DEVICE", device)
+    wrong = SimpleNamespace(triton_sae_decode=lambda *pairs: 1.001 * flex.sae_decode(*pairs))
+    (record,) = run.run_decode_case(cases.Case(SHAPE, "", "decode"), inputs.Inputs(SHAPE), wrong)
+    assert record["status"] == "wrong" and "recon is off by 1.0e-03" in record["detail"]
+
+
 def biased(encode, scale):
     """An encoder whose vals have `scale` times the gradient."""
 
@@ -316,6 +336,8 @@ CELLS = {
     "sizes": ["1023", "262144", "2.00 ms", "2.50 ms"],
     "small": ["eager, one thread", "CUDA graph", "embedding_bag", "10.5 ms"],
     "memory": ["4096", "131072", "0.50 GiB"],
+    "decode": ["flex_sae, TopK loss", "flex_sae, Zipf rows", "torch.sparse", "2.00 ms, 0.50 GiB", "10.0 ms, 2.50 GiB"],
+    "auxk": ["24576", "autocast", "10.0 ms (500%)", "10.0 ms (1000%)"],
 }
 
 
@@ -330,7 +352,7 @@ def test_a_report_has_the_tables_and_the_plot(tmp_path):
     for name, cells in CELLS.items():
         assert all(f"| {cell} " in tables[name] for cell in cells), tables[name]
     lines = {"training": 6, "training_parts": 12, "training_graph": 12, "training_defaults": 4, "encoder": 6}
-    for name, count in {**lines, "decoder_step": 6, "memory": 3}.items():
+    for name, count in {**lines, "auxk": 6, "decode": 8, "decoder_step": 6, "memory": 3}.items():
         assert tables[name].count("\n|") == 2 + count, tables[name]
     drawn = (tmp_path / "training.svg").read_text()
     assert "<!-- peak memory (GiB) -->" in drawn and drawn.count("out of memory") == 4
