@@ -60,7 +60,7 @@ def launch_everything(flex, dtype, B, F, D, padding):
     indices, vals = torch.arange(B * K).view(B, K) % F, torch.empty(B, K, dtype=dtype)
     inputs = indices, weight, vals, torch.empty(D, dtype=dtype), target
     scalar = torch.empty((), dtype=accumulation)
-    _, residual, _ = ops.topk_forward(*inputs, None, True, False)
+    _, _, residual = ops.topk_forward(*inputs, None, True, False)
     for needs_vals in (True, False):  # without it weight is not read
         ops.topk_backward(scalar, residual, indices, weight, vals, dtype, dtype, True, needs_vals, True, True)
     ops.topk_forward(*inputs, None, False, False)

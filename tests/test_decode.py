@@ -17,6 +17,7 @@ from support import (
     allowed_error,
     laid_out,
     make_indices,
+    needs_cuda,
 )
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._pytree import tree_map_only
@@ -147,9 +148,10 @@ def test_samples_longer_than_a_chunk_are_summed_in_parts(flex, device, lengths, 
     assert max(lengths) > flex.decode_kernels.chunk_pairs(P)[0]
     indices, vals = problem.indices.new_full((P,), -1), problem.vals.new_full((P,), float("nan"))
     indices[: sum(lengths)], vals[: sum(lengths)] = problem.indices, problem.vals
-    offsets = offsets_of(lengths, device)
-    recon = flex.triton_sae_decode(indices, problem.weight, vals, problem.bias, offsets=offsets)
-    assert torch.equal(recon.double(), decode_truth(problem).recon)
+    roomy = problem._replace(indices=indices, vals=vals)
+    result = run_decode(flex.triton_sae_decode, roomy, offsets=offsets_of(lengths, device))
+    assert not result.vals[sum(lengths) :].count_nonzero()
+    assert_exact(result._replace(vals=result.vals[: sum(lengths)]), problem)
 
 
 @pytest.mark.parametrize("name", ["triton_sae_decode", "sae_decode"])
@@ -225,6 +227,81 @@ def test_an_empty_batch_is_empty(flex, device):
     for options in ({}, {"offsets": torch.zeros(1, dtype=torch.int64, device=device)}):
         indices = none if options else none.view(0, 3)
         assert flex.triton_sae_decode(indices, weight, indices.float(), **options).shape == (0, 33)
+    spare = torch.full((5,), 9, device=device)
+    offsets = torch.zeros(1, dtype=torch.int64, device=device)
+    assert flex.triton_sae_decode(spare, weight, spare.float(), offsets=offsets).shape == (0, 33)
     offsets = torch.zeros(3, dtype=torch.int64, device=device)
     bias = torch.arange(33.0, device=device)
     assert torch.equal(flex.triton_sae_decode(none, weight, none.float(), bias, offsets=offsets), bias.expand(2, 33))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_offsets_may_be_strided(flex, device, layout):
+    problem = exact(LENGTHS, 9, 33, device=device)
+    offsets = laid_out(offsets_of(LENGTHS, device), layout)
+    assert_exact(run_decode(flex.triton_sae_decode, problem, offsets=offsets), problem)
+
+
+# On a GPU
+
+
+SIZES = (40, 500, 200)  # B, F, D
+
+
+def ragged_problem(seed, device="cuda"):
+    """Samples of other lengths for another seed, one of them longer than a chunk, and as many pairs in all."""
+    B, F, D = SIZES
+    lengths = torch.multinomial(torch.ones(B - 1), 300, True, generator=torch.Generator().manual_seed(seed))
+    lengths = [*lengths.bincount(minlength=B - 1).tolist(), 700]
+    order = torch.randperm(B, generator=torch.Generator().manual_seed(seed)).tolist()
+    lengths = [lengths[b] for b in order]
+    return exact(lengths, F, D, device=device, seed=seed), offsets_of(lengths, device)
+
+
+@needs_cuda
+def test_a_captured_ragged_decode_replays_on_other_lengths(flex):
+    static, static_offsets = ragged_problem(0)
+    run_decode(flex.triton_sae_decode, static, offsets=static_offsets)  # capture allows no compilation
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = run_decode(flex.triton_sae_decode, static, offsets=static_offsets)
+    for seed in (1, 2):
+        problem, offsets = ragged_problem(seed)
+        for tensor, values in zip((*static, static_offsets), (*problem, offsets), strict=True):
+            tensor.copy_(values)
+        graph.replay()
+        assert_exact(result, problem)
+
+
+@needs_cuda
+def test_work_goes_to_the_current_stream(flex):
+    problem, offsets = ragged_problem(0)
+    late, late_offsets = DecodeProblem(*map(torch.zeros_like, problem)), torch.zeros_like(offsets)
+    run_decode(flex.triton_sae_decode, late, offsets=late_offsets)  # compiles
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(100_000_000)  # tens of milliseconds: a launch that does not wait would read the zeros
+        for tensor, values in zip((*late, late_offsets), (*problem, offsets), strict=True):
+            tensor.copy_(values)
+        result = run_decode(flex.triton_sae_decode, late, offsets=late_offsets)
+    torch.cuda.synchronize()
+    assert_exact(result, problem)
+
+
+@needs_cuda
+def test_nothing_waits_for_the_device(flex):
+    problem, offsets = ragged_problem(0)
+    run_decode(flex.triton_sae_decode, problem, offsets=offsets)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run_decode(flex.triton_sae_decode, problem, offsets=offsets)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_tensors_may_live_on_a_device_that_is_not_current(flex):
+    problem, offsets = ragged_problem(0, "cuda:1")
+    assert torch.cuda.current_device() == 0
+    assert_exact(run_decode(flex.triton_sae_decode, problem, offsets=offsets), problem)

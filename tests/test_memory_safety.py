@@ -89,6 +89,27 @@ def test_only_what_was_written_is_read_and_nothing_else_is_written(flex, device,
         assert_right(kind, problem, result)
 
 
+@pytest.mark.parametrize("lengths", [(3, 0, 600, 5), (0, 0), (256, 300)], ids=str)
+@pytest.mark.parametrize("spare", [0, 300])
+def test_the_decode_reads_and_writes_its_own(flex, device, guarded, lengths, spare):
+    P = sum(lengths) + spare
+    indices = torch.arange(P, device=device) % 9
+    indices[sum(lengths) :] = torch.iinfo(indices.dtype).min
+    weight, bias = torch.ones(9, 33, device=device), torch.ones(33, device=device)
+    vals = torch.full((P,), float("nan"), device=device)
+    vals[: sum(lengths)] = 1
+    leaves = [tensor.requires_grad_() for tensor in (weight, vals, bias)]
+    offsets = torch.tensor([0, *lengths], device=device).cumsum(0)
+    guarded.clear()
+    recon = flex.triton_sae_decode(indices, weight, vals, bias, offsets=offsets)
+    gradients = torch.autograd.grad(recon, leaves, torch.full_like(recon, 1.0))
+    if P:
+        assert_nothing_else_was_written(guarded)
+    assert torch.equal(recon[:, 0], torch.tensor(lengths, device=device) + 1.0)
+    assert gradients[0].sum() == 33 * sum(lengths)
+    assert gradients[1].tolist() == [33] * sum(lengths) + [0] * spare
+
+
 @needs_cuda
 @pytest.mark.parametrize("pattern", ["uniform", "one_hot_feature"])
 def test_recycled_memory_full_of_nan_does_not_show(flex, kind, pattern):

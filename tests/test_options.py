@@ -134,6 +134,13 @@ def test_an_empty_batch_has_an_empty_reconstruction(flex, device, kind, pick):
     assert recon.shape == (0, 33)
 
 
+@pytest.mark.parametrize("pick", [triton_loss, reference_loss])
+def test_without_features_the_reconstruction_is_the_bias(flex, device, kind, pick):
+    problem = make_problem(4, 0, 9, 33, device=device)
+    _, recon = pick(flex, kind)(*problem, return_recon=True)
+    assert torch.equal(recon, problem.bias.expand(4, 33))
+
+
 def test_nothing_is_kept_of_what_is_not_asked_for(flex, device, kind):
     problem = make_problem(4, 5, 9, 33, device=device)
     with RecordedOps(flex) as ops, torch.no_grad():

@@ -19,7 +19,7 @@ from .checks import check_decode_inputs
 from .column_sum import sum_columns
 from .dispatch import compute_dtype, device_of, needs_gradients, promoted_dtype, refuse_second_derivative, runs_triton
 from .launch import cached_launch
-from .ordering import order_pairs
+from .ordering import order_pairs, samples_of
 from .reference import unchecked_sae_decode
 from .segment_sum import SegmentSum
 from .tiles import (
@@ -79,7 +79,7 @@ def _ragged_decode_kernel(
     vals_ptr,  # [P]
     bias_ptr,  # [D], or None
     offsets_ptr,  # [B + 1]
-    chunk_samples_ptr,  # [chunks + 1], the samples of each chunk's first pair, and of the first one behind the last
+    chunk_samples_ptr,  # [chunks + 1], the samples of pairs 0, chunk, 2 * chunk, ..
     weight_stride,
     F,
     P,
@@ -92,10 +92,10 @@ def _ragged_decode_kernel(
 ):
     # Parts of long samples, which take longest, go first.
     pid, _, cols, in_row = sample_tile(D, BLOCK_D)
-    is_part = pid < 2 * chunks
-    if is_part:
+    is_partial = pid < 2 * chunks
+    if is_partial:
         # A chunk meets at most two long samples: one that reaches its start, one that reaches its end.
-        # The latter is that of the next chunk's first pair.
+        # The latter is the sample of the next chunk's first pair.
         first = pid // 2 * chunk
         start, end = load_offsets(offsets_ptr, tl.load(chunk_samples_ptr + pid // 2 + pid % 2), P)
         active = (end - start > chunk) & ((pid % 2 == 0) | (start > first))
@@ -105,12 +105,12 @@ def _ragged_decode_kernel(
         active = end - start <= chunk
     if active:
         # The bias of a long sample comes when its parts are added up.
-        recon = _load_bias(bias_ptr, cols, in_row & ~is_part, partials_ptr.dtype.element_ty)
+        recon = _load_bias(bias_ptr, cols, in_row & ~is_partial, partials_ptr.dtype.element_ty)
         recon = add_rows(
             recon, indices_ptr + start, weight_ptr, vals_ptr + start, 0, cols, in_row, weight_stride,
             (end - start).to(tl.int32), F, False, ALIGN, BLOCK_K,
         )  # fmt: skip
-        if is_part:
+        if is_partial:
             tl.store(partials_ptr + pid * D + cols, recon, mask=in_row)
         else:
             tl.store(recon_ptr + (pid - 2 * chunks) * D + cols, recon, mask=in_row)
@@ -118,7 +118,7 @@ def _ragged_decode_kernel(
 
 @cached_launch
 @triton.jit(do_not_specialize=["P", "chunk"])
-def _add_parts_kernel(
+def _sum_partials_kernel(
     recon_ptr,  # [B, D]
     partials_ptr,  # [2 * chunks, D]
     bias_ptr,  # [D], or None
@@ -189,6 +189,8 @@ def decode(
             )
         else:
             chunk, chunks = chunk_pairs(P)
+            firsts = torch.arange(0, (chunks + 1) * chunk, chunk, device=offsets.device)  # beyond int32 at times
+            chunk_samples = samples_of(firsts, offsets.long())
             offsets = offsets.contiguous()
             partials = weight.new_empty(2 * chunks, D, dtype=accumulated)
             _ragged_decode_kernel[(2 * chunks + B, cdiv(D, block_d))](
@@ -199,7 +201,7 @@ def decode(
                 vals,
                 bias,
                 offsets,
-                _chunk_samples(offsets, chunk, chunks),
+                chunk_samples,
                 weight.stride(0),
                 F,
                 P,
@@ -212,7 +214,7 @@ def decode(
                 num_warps=1,
             )
             reduce_block_d = min(_REDUCE_BLOCK_D, next_power_of_2(D))
-            _add_parts_kernel[(B, cdiv(D, reduce_block_d))](
+            _sum_partials_kernel[(B, cdiv(D, reduce_block_d))](
                 recon, partials, bias, offsets, P, chunk, D=D, BLOCK_C=_REDUCE_BLOCK_C, BLOCK_D=reduce_block_d
             )
     return recon
@@ -222,13 +224,6 @@ def chunk_pairs(P: int) -> tuple[int, int]:
     """The pairs of a chunk, and the number of chunks."""
     chunk = max(_MIN_CHUNK, cdiv(P, _MAX_CHUNKS))
     return chunk, cdiv(P, chunk)
-
-
-def _chunk_samples(offsets, chunk, chunks):
-    """The samples of each chunk's first pair, and of the first one behind the last chunk; [chunks + 1]."""
-    first_pairs = torch.arange(0, (chunks + 1) * chunk, chunk, device=offsets.device)  # int32 may overflow
-    # Without the ends of offsets what is found is a sample, in spare room too.
-    return torch.searchsorted(offsets[1:-1].long(), first_pairs, right=True)
 
 
 def _decode_backward(
@@ -328,15 +323,15 @@ def triton_sae_decode(
 
     Args:
         indices: ``[B, K]``, or with offsets ``[P]``; int32 or int64, the active features of each sample, in
-            ``[0, F)``. One out of range is not followed and makes its sample's reconstruction NaN. Features that repeat
-            add up.
+            ``[0, F)``. One out of range is not followed and makes its sample's reconstruction NaN, and the gradient of
+            some row of weight. Features that repeat add up.
         weight: ``[F, D]``, the decoder. Rows with unit stride are read in place, also of a slice; another layout, such
             as the transpose of an ``nn.Linear`` weight, costs a copy of weight in the forward and in the backward pass.
         vals: as indices, the activations. One that is zero has a gradient all the same.
         bias: ``[D]``, or None.
         offsets: ``[B + 1]`` int32 or int64, ascending from 0 to P or less. A sample may have no pairs; those from
-            ``offsets[B]`` on are spare room: ignored, with a gradient of zero. What the result is where offsets do not
-            ascend is undefined.
+            ``offsets[B]`` on are spare room: ignored, with a gradient of zero. What the result is of other offsets is
+            undefined.
 
     weight, vals and bias are float16, bfloat16, float32 or float64 in any mixture. Sums are float32, or float64 if any
     of the three is, and are rounded once, where they are stored.
@@ -354,7 +349,7 @@ def triton_sae_decode(
     """
     check_decode_inputs(indices, weight, vals, bias, offsets)
     dtype = promoted_dtype(weight, vals, bias)
-    if not runs_triton(indices):
+    if not runs_triton(indices) or (offsets is not None and len(offsets) == 1):
         return unchecked_sae_decode(indices, weight, vals, bias, offsets, dtype)
     with torch.set_grad_enabled(needs_gradients(weight, vals, bias)):
         return SAEDecode.apply(indices, weight, vals, bias, offsets, dtype)

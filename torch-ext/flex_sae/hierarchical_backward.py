@@ -2,7 +2,7 @@
 
 Both walk a sample's steps from the last to the first, from the last residual that the forward pass has kept:
 
-    r_{i-1} = r_i - v_i w_i,    S_i = S_{i+1} + r_i,    d weight[indices_i] += c v_i S_i,    d v_i = c <w_i, S_i>.
+    r_{i-1} = r_i - v_i w_i,    S_i = S_{i+1} + r_i,    d weight[indices_i] += c_b v_i S_i,    d v_i = c_b <w_i, S_i>.
 
 Where residuals shrink along the steps, this adds small numbers first.
 
@@ -54,7 +54,7 @@ def _hierarchical_atomic_kernel(
     vals_sums_ptr,  # [B, K], zeros to add to, or None
     table_ptr,  # the table of replicas, or None
     residual_ptr,  # [B, D], r_{K-1}
-    scale_ptr,  # 0-dim, c without the sample's weight
+    scale_ptr,  # 0-dim, c_b without the sample's weight
     indices_ptr,  # [B, K]
     weight_ptr,  # [F, D]
     vals_ptr,  # [B, K]
@@ -118,7 +118,7 @@ def _hierarchical_scratch_kernel(
     row_scales_ptr,  # [B], or None for scales of 1
     slots_ptr,  # [B, K], the row of scratch for each pair, or None
     residual_ptr,  # [B, D], r_{K-1}
-    scale_ptr,  # 0-dim, c without the sample's weight
+    scale_ptr,  # 0-dim, c_b without the sample's weight
     indices_ptr,  # [B, K]
     weight_ptr,  # [F, D]
     vals_ptr,  # [B, K]
@@ -189,7 +189,7 @@ def _hierarchical_scratch_kernel(
 
 def atomic_gradients(
     residual: torch.Tensor,  # [B, D], r_{K-1}
-    scale: torch.Tensor,  # 0-dim, c without the samples' weights
+    scale: torch.Tensor,  # 0-dim, c_b without the sample's weight
     counts: torch.Tensor,  # [F]
     indices: torch.Tensor,  # [B, K]
     weight: torch.Tensor,  # [F, D], of the dtype of scale
@@ -231,7 +231,7 @@ def atomic_gradients(
 
 def ordered_gradients(
     residual: torch.Tensor,  # [B, D], r_{K-1}
-    scale: torch.Tensor,  # 0-dim, c without the samples' weights
+    scale: torch.Tensor,  # 0-dim, c_b without the sample's weight
     row_scales: torch.Tensor,  # [B], or empty where scratch is not narrow
     indices: torch.Tensor,  # [B, K]
     weight: torch.Tensor,  # [F, D]

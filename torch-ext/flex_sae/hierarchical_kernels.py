@@ -6,10 +6,10 @@ With w_i = weight[indices[b, i]] and v_i = vals[b, i] of one sample b, the prefi
 
     loss = sum_{b, j} s_b |r_j|^2 / (B K D),
 
-where s_b is the weight of the sample, and with c = grad_out * 2 s_b / (B K D) the gradients are
+where s_b is the weight of the sample, and with c_b = grad_out * 2 s_b / (B K D) the gradients are
 
-    d weight[f] = c sum over pairs (b, i) with indices[b, i] = f of v_i S_i,    d v_i = c <w_i, S_i>,
-    d bias = sum_b c S_0,    d target_b = -c S_0.
+    d weight[f] = sum over pairs (b, i) with indices[b, i] = f of c_b v_i S_i,    d v_i = c_b <w_i, S_i>,
+    d bias = sum_b c_b S_0,    d target_b = -c_b S_0.
 
 The forward pass keeps s_b S_0 and the last residual. The backward pass starts from the last residual and walks the
 steps in reverse (hierarchical_backward.py).

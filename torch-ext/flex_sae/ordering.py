@@ -17,7 +17,7 @@ _MAX_SHORT_KEYS = tl.constexpr(2**16)
 
 
 class OrderedPairs(NamedTuple):
-    """P = B * K pairs ordered by feature, those of one feature by their place in ``indices.flatten()``."""
+    """P pairs ordered by feature, those of one feature by their place in ``indices.flatten()``."""
 
     order: torch.Tensor  # [P] int64, places in indices.flatten()
     features: torch.Tensor  # [P] int32
@@ -34,11 +34,11 @@ def _gather_pairs_kernel(
     features_ptr,  # [P]
     coefs_ptr,  # [P]
     samples_ptr,  # [P], or None
-    slots_ptr,  # [B * K], or None
+    slots_ptr,  # [P], or None
     segments_ptr,  # [F, 2], zeros
     order_ptr,  # [P]
-    indices_ptr,  # [B * K]
-    vals_ptr,  # [B * K]
+    indices_ptr,  # [P]
+    vals_ptr,  # [P]
     row_scales_ptr,  # [B], or None
     pair_samples_ptr,  # [P], the sample of each pair, or None: K pairs for each
     offsets_ptr,  # [B + 1], or None
@@ -85,6 +85,12 @@ def _load_feature(indices_ptr, pair, exists, offsets_ptr, B, F):
     return tl.minimum(tl.maximum(feature, 0), F - 1), (index >= 0) & (index < F), counts
 
 
+def samples_of(places: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """The samples, int32, that the pairs at these places belong to; the last one for places in spare room."""
+    # Only the boundaries between samples: what is found is a sample wherever a place lies.
+    return torch.searchsorted(offsets[1:-1], places, right=True, out_int32=True)
+
+
 def order_pairs(
     indices: torch.Tensor,  # [B, K], contiguous; with offsets [P]
     vals: torch.Tensor,  # as indices, contiguous
@@ -101,8 +107,7 @@ def order_pairs(
     pair_samples = spare = None
     if offsets is not None:
         places = torch.arange(P, dtype=offsets.dtype, device=offsets.device)
-        # Without the ends of offsets what is found is a sample, in spare room too.
-        pair_samples = torch.searchsorted(offsets[1:-1], places, right=True, out_int32=True)
+        pair_samples = samples_of(places, offsets)
         spare = places >= offsets[-1]
         indices = indices.masked_fill(spare, 0)  # behind the pairs of feature 0
     # `out` narrows without an int64 temporary. Truncated keys sort as the results of _load_feature do.

@@ -1,4 +1,4 @@
-"""Encoder and losses in plain torch, for any device: the definition of what the kernels compute, with the same
+"""Encoder, decode and losses in plain torch, for any device: the definition of what the kernels compute, with the same
 arguments, semantics and errors. Gradients are autograd's."""
 
 from typing import Optional, Union
@@ -87,9 +87,13 @@ def unchecked_topk_sae_loss(indices, weight, vals, bias, target, sample_weight, 
 
 def unchecked_hierarchical_sae_loss(indices, weight, vals, bias, target, sample_weight, return_recon):
     dtype = compute_dtype(weight, vals, bias, target, sample_weight)
-    recons = bias.to(dtype) + _terms(indices, weight, vals, dtype).cumsum(1)
+    terms = _terms(indices, weight, vals, dtype)
+    recons = bias.to(dtype) + terms.cumsum(1)
     loss = _weighted_mean((recons - target.to(dtype).unsqueeze(1)).square(), sample_weight)
-    return (loss, recons[:, -1].detach().to(promoted_dtype(weight, vals, bias))) if return_recon else loss
+    if not return_recon:
+        return loss
+    recon = bias.to(dtype) + terms.sum(1)  # where K is 0 there is no last prefix
+    return loss, recon.detach().to(promoted_dtype(weight, vals, bias))
 
 
 def _weighted_mean(squares, sample_weight):

@@ -212,7 +212,7 @@ def _reduce_partials_kernel(
 @cached_launch
 @triton.jit(do_not_specialize=_SIZES, do_not_specialize_on_alignment=["scale_ptr"])
 def _sum_dots_kernel(
-    vals_grad_ptr,  # [B * K]
+    vals_grad_ptr,  # [P]
     dots_ptr,  # [tiles, P]
     order_ptr,  # [P]
     scale_ptr,  # 0-dim
@@ -268,7 +268,7 @@ class SegmentSum:
         scale: 0-dim, of the dtype of the coefficients, in which everything is computed.
         D: the number of columns in all.
         out: ``[F, D]``, for the sums; or None.
-        vals_grad: ``[B, K]``, for ``scale * <weight[feature], rows[pair]>``; or None.
+        vals_grad: ``[B, K]`` or ``[P]``, for ``scale * <weight[feature], rows[pair]>``; or None.
         weight: ``[F, D]``, read for vals_grad alone.
         part_columns: the columns that arrive at a time: all of them, or a power of two.
     """

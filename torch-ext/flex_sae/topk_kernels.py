@@ -95,7 +95,7 @@ def _topk_forward(
     needs_grad: bool,
     return_recon: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The loss, g [B, D] and recon [B, D]; an empty tensor for what is not needed."""
+    """The loss, recon [B, D] and g [B, D]; an empty tensor for what is not needed."""
     (B, K), (F, D) = indices.shape, weight.shape
     dtype = compute_dtype(weight, vals, bias, target, sample_weight)
     weight, target = unit_stride_rows(weight), unit_stride_rows(target)
@@ -127,7 +127,7 @@ def _topk_forward(
             BLOCK_D=block_d,
             num_warps=1,
         )
-    return shares.sum(), recon_grad, recon
+    return shares.sum(), recon, recon_grad
 
 
 def _topk_backward(
@@ -187,8 +187,8 @@ def _topk_forward_fake(indices, weight, vals, bias, target, sample_weight, needs
     dtype = compute_dtype(weight, vals, bias, target, sample_weight)
     return (
         weight.new_empty((), dtype=dtype),
-        weight.new_empty(target.shape if needs_grad else 0, dtype=dtype),
         weight.new_empty(target.shape if return_recon else 0, dtype=promoted_dtype(weight, vals, bias)),
+        weight.new_empty(target.shape if needs_grad else 0, dtype=dtype),
     )
 
 
@@ -212,7 +212,7 @@ class TopKSAELoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, indices, weight, vals, bias, target, sample_weight, needs_grad, return_recon):
-        loss, recon_grad, recon = ops.topk_forward(
+        loss, recon, recon_grad = ops.topk_forward(
             indices, weight, vals, bias, target, sample_weight, needs_grad, return_recon
         )
         ctx.save_for_backward(recon_grad, indices, weight, vals)
