@@ -5,7 +5,8 @@
 
 Swaps `decode`: the dense products with codes `[B, F]`, one in forward and two in backward, become sums over the B * k
 active pairs. Encoder, AuxK and checkpoints stay the trainer's. Without gradients decode is the trainer's too, since
-codes that a threshold chose may have any number of nonzeros.
+codes that a threshold chose may have any number of nonzeros: evaluate under `torch.no_grad()`. What `from_pretrained`
+loads of FlexTopK has the usual layout, and decode copies its weight.
 """
 
 import torch

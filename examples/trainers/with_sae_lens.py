@@ -5,7 +5,7 @@
 
 FlexBatchTopK is for BatchTopKTrainingSAEConfig. Swaps `decode`: the dense products with activations `[B, F]`,
 one in forward and two in backward, and their rescaling become sums over the B * k active pairs. Encoder, losses, AuxK,
-hooks and checkpoints stay the trainer's. Leave `use_sparse_activations` off.
+hooks and checkpoints stay the trainer's. BatchTopK's k may be fractional.
 """
 
 from kernels import get_kernel
@@ -17,6 +17,8 @@ flex = get_kernel("t-tech/flex-sae", version=1, trust_remote_code=["t-tech/flex-
 
 class FlexDecode:
     def decode(self, feature_acts):
+        if feature_acts.is_sparse:
+            raise ValueError("set use_sparse_activations=False: its sparse tensors are not needed here")
         codes = feature_acts.flatten(0, -2)
         indices, vals, offsets = ragged_pairs(codes, int(len(codes) * self.cfg.k))
         if self.cfg.rescale_acts_by_decoder_norm:

@@ -105,7 +105,7 @@ def _ragged_decode_kernel(
         active = end - start <= chunk
     if active:
         # The bias of a long sample comes when its parts are added up.
-        recon = _load_bias(bias_ptr, cols, in_row & ~is_partial, partials_ptr.dtype.element_ty)
+        recon = tl.where(is_partial, 0.0, _load_bias(bias_ptr, cols, in_row, partials_ptr.dtype.element_ty))
         recon = add_rows(
             recon, indices_ptr + start, weight_ptr, vals_ptr + start, 0, cols, in_row, weight_stride,
             (end - start).to(tl.int32), F, False, ALIGN, BLOCK_K,
@@ -143,11 +143,12 @@ def _sum_partials_kernel(
 
 
 @triton.jit
-def _load_bias(bias_ptr, cols, mask, dtype: tl.constexpr):
+def _load_bias(bias_ptr, cols, in_row, dtype: tl.constexpr):
+    """Columns of the bias; zeros without one."""
     if bias_ptr is None:
         return tl.zeros(cols.shape, dtype)
     else:
-        return tl.load(bias_ptr + cols, mask=mask, other=0.0).to(dtype)
+        return tl.load(bias_ptr + cols, mask=in_row, other=0.0).to(dtype)
 
 
 def decode(
@@ -188,10 +189,9 @@ def decode(
                 num_warps=1,
             )
         else:
-            chunk, chunks = chunk_pairs(P)
+            offsets, (chunk, chunks) = offsets.contiguous(), chunk_pairs(P)
             firsts = torch.arange(0, (chunks + 1) * chunk, chunk, device=offsets.device)  # beyond int32 at times
             chunk_samples = samples_of(firsts, offsets.long())
-            offsets = offsets.contiguous()
             partials = weight.new_empty(2 * chunks, D, dtype=accumulated)
             _ragged_decode_kernel[(2 * chunks + B, cdiv(D, block_d))](
                 recon,
