@@ -49,6 +49,34 @@ def check_inputs(
             )
 
 
+def check_nested_inputs(
+    indices: torch.Tensor,  # [B, K]
+    weight: torch.Tensor,  # [F, D]
+    vals: torch.Tensor,  # [B, K]
+    bias: torch.Tensor,  # [D]
+    target: torch.Tensor,  # [B, D]
+    ends: torch.Tensor,  # [L], or [B, L]
+) -> None:
+    """Raise TypeError or ValueError, naming the argument, unless the arguments of the nested loss fit together, and
+    with ``FLEX_SAE_CHECK_INDICES=1`` IndexError where an index or an end is out of range."""
+    tensors = {"indices": indices, "weight": weight, "vals": vals, "bias": bias, "target": target}
+    _check_tensors({**tensors, "ends": ends}, "pass its .weight.t()")
+    _check_shapes(**tensors)
+    B, K = indices.shape
+    if ends.dim() not in (1, 2) or ends.shape[-1] == 0 or (ends.dim() == 2 and len(ends) != B):
+        raise ValueError(f"ends must have shape [L] or [B, L] = ({B}, L) with L >= 1, got {tuple(ends.shape)}")
+    F, D = weight.shape
+    _check_sizes("B * L", B * ends.shape[-1], B=B, L=ends.shape[-1], F=F, D=D)
+    if _checks_values():
+        _check_indices(indices, F)
+        steps = ends.diff(dim=-1, prepend=ends.new_zeros(*ends.shape[:-1], 1))
+        bad = ((steps < 0) | (ends > K)).nonzero()
+        if len(bad):
+            place = bad[0].tolist()
+            value = ends[tuple(place)].item()
+            raise IndexError(f"ends must ascend from 0 to at most K = {K}, got {value} at {place}")
+
+
 def check_encode_inputs(
     x: torch.Tensor,  # [B, D]
     weight: torch.Tensor,  # [F, D]
@@ -154,7 +182,7 @@ def _check_tensors(tensors, hint=""):
         if tensor.layout != torch.strided or tensor.is_nested:
             layout = "a nested tensor" if tensor.is_nested else tensor.layout
             raise TypeError(f"{name} must be dense (torch.strided), got {layout}")
-        if name in ("indices", "offsets"):
+        if name in ("indices", "offsets", "ends"):
             if tensor.dtype not in (torch.int32, torch.int64):
                 raise TypeError(f"{name} must be int32 or int64, got {tensor.dtype}")
         elif tensor.dtype not in _FLOATS:

@@ -99,12 +99,14 @@ def order_pairs(
     row_scales: Optional[torch.Tensor] = None,  # [B]
     with_slots: bool = False,
     offsets: Optional[torch.Tensor] = None,  # [B + 1], contiguous
+    pair_samples: Optional[torch.Tensor] = None,  # as indices, contiguous
 ) -> OrderedPairs:
     """The pairs ordered by feature, with coefficients in ``dtype``, and with their samples or with slots.
 
-    With ``offsets`` the pairs of sample b are ``offsets[b]:offsets[b + 1]``; others belong to no segment."""
+    The sample of a pair is that of its row, unless ``pair_samples`` say otherwise. With ``offsets`` the pairs of sample
+    b are ``offsets[b]:offsets[b + 1]``; others belong to no segment."""
     K, P = 1 if indices.dim() == 1 else indices.shape[1], indices.numel()
-    pair_samples = spare = None
+    spare = None
     if offsets is not None:
         places = torch.arange(P, dtype=offsets.dtype, device=offsets.device)
         pair_samples = samples_of(places, offsets)

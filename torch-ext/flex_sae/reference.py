@@ -5,7 +5,13 @@ from typing import Optional, Union
 
 import torch
 
-from .checks import check_decode_inputs, check_encode_inputs, check_inputs, check_sparse_encode_inputs
+from .checks import (
+    check_decode_inputs,
+    check_encode_inputs,
+    check_inputs,
+    check_nested_inputs,
+    check_sparse_encode_inputs,
+)
 from .dispatch import compute_dtype, linear_dtype, promoted_dtype
 
 
@@ -37,6 +43,19 @@ def hierarchical_sae_loss(
     """`triton_hierarchical_sae_loss` in plain torch. It holds ``[B, K, D]`` numbers several times over."""
     check_inputs(indices, weight, vals, bias, target, sample_weight, ordered=True)
     return unchecked_hierarchical_sae_loss(indices, weight, vals, bias, target, sample_weight, return_recon)
+
+
+def nested_sae_loss(
+    indices: torch.Tensor,  # [B, K]
+    weight: torch.Tensor,  # [F, D]
+    vals: torch.Tensor,  # [B, K]
+    bias: torch.Tensor,  # [D]
+    target: torch.Tensor,  # [B, D]
+    ends: torch.Tensor,  # [L], or [B, L]
+) -> torch.Tensor:
+    """`triton_nested_sae_loss` in plain torch. It holds ``[B, K, D]`` and ``[B, L, D]`` numbers several times over."""
+    check_nested_inputs(indices, weight, vals, bias, target, ends)
+    return unchecked_nested_sae_loss(indices, weight, vals, bias, target, ends)
 
 
 def topk_encode(
@@ -94,6 +113,19 @@ def unchecked_hierarchical_sae_loss(indices, weight, vals, bias, target, sample_
         return loss
     recon = bias.to(dtype) + terms.sum(1)  # where K is 0 there is no last prefix
     return loss, recon.detach().to(promoted_dtype(weight, vals, bias))
+
+
+def unchecked_nested_sae_loss(indices, weight, vals, bias, target, ends):
+    dtype = compute_dtype(weight, vals, bias, target)
+    (B, K), L = indices.shape, ends.shape[-1]
+    ends = ends.long().expand(B, L)
+    before = torch.cat([ends.new_zeros(B, 1), ends[:, :-1]], dim=1)
+    wrong = ((ends < before) | (ends > K)).cumsum(1) > 0
+    # The sums over 0, 1, .., K features
+    sums = torch.nn.functional.pad(_terms(indices, weight, vals, dtype).cumsum(1), (0, 0, 1, 0))
+    chosen = sums.gather(1, ends.clamp(0, K).unsqueeze(-1).expand(-1, -1, sums.shape[-1]))
+    residuals = (bias.to(dtype) + chosen - target.to(dtype).unsqueeze(1)).masked_fill(wrong.unsqueeze(-1), float("nan"))
+    return residuals.square().mean((0, 2))
 
 
 def _weighted_mean(squares, sample_weight):

@@ -1,0 +1,355 @@
+"""Nested losses: the decoder loss of several prefixes of a sample's features, forward and backward.
+
+The first ends[b, l] features of sample b belong to level l. With w_i = weight[indices[b, i]], v_i = vals[b, i] and
+g_l the gradient of loss_l,
+
+    e_l = bias + sum_{i < ends[b, l]} v_i w_i - target_b,    loss_l = sum_b |e_l|^2 / (B D),
+
+and with T_l = sum_{m >= l} (2 g_m / (B D)) e_m, and l(i) the first level that step i belongs to, the gradients are
+
+    d weight[f] = sum over pairs (b, i) with indices[b, i] = f of v_i T_l(i),    d v_i = <w_i, T_l(i)>,
+    d bias = sum_b T_0,    d target_b = -T_0.
+
+The forward pass keeps the e_l. Between two ends T is constant, so d weight is the segment sum of TopK (segment_sum.py)
+with L rows a sample.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ._ops import add_op_namespace_prefix, ops
+from .checks import check_nested_inputs
+from .column_sum import sum_columns
+from .dispatch import compute_dtype, device_of, needs_gradients, refuse_second_derivative, runs_triton
+from .launch import cached_launch
+from .ordering import order_pairs
+from .reference import unchecked_nested_sae_loss
+from .segment_sum import SegmentSum
+from .tiles import cdiv, gather_columns, load_pairs, next_power_of_2, row_alignment, sample_tile, unit_stride_rows
+
+# Steps of a forward tile, as of TopK
+_FORWARD_BLOCK_K = 32
+# Bytes of a row of sums that a program takes where samples have several rows, half of what it takes for one: more rows
+# stay in the L2 cache. On an H100 (B=4096, K=64, F=65536, D=2304) a step takes 1.41 ms with 1024 bytes and 1.54 with
+# 2048 for L=5, 1.97 and 2.09 for L=10.
+_SUM_ROW_BYTES = 1024
+# Elements of a program, four warps, that adds up levels. Others were not tried.
+_SUFFIX_BLOCK = 1024
+
+
+@cached_launch
+@triton.jit(do_not_specialize=["B", "F", "L", "weight_stride", "ends_stride"])
+def _nested_forward_kernel(
+    loss_ptr,  # [L, cdiv(D, BLOCK_D), B], this tile's share of each loss
+    residuals_ptr,  # [L, B, D], e_l, or None
+    rows_ptr,  # [B, K], l(i) * B + b, the row of residuals [L * B, D] for each step; or None
+    indices_ptr,  # [B, K]
+    weight_ptr,  # [F, D]
+    vals_ptr,  # [B, K]
+    bias_ptr,  # [D]
+    target_ptr,  # [B, D]
+    ends_ptr,  # [L], or [B, L]
+    weight_stride,
+    target_stride,
+    ends_stride,  # 0 for ends [L]
+    B,
+    K,
+    F,
+    L,
+    D: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    ALIGN: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    b, tile, cols, in_row = sample_tile(D, BLOCK_D)
+    dtype: tl.constexpr = loss_ptr.dtype.element_ty
+
+    recon = tl.load(bias_ptr + cols, mask=in_row, other=0.0).to(dtype)
+    target = tl.load(target_ptr + b * target_stride + cols, mask=in_row, other=0.0).to(dtype)
+    ends_ptr += b * ends_stride
+    if rows_ptr is not None and tile == 0:
+        _store_rows(rows_ptr + b * K, ends_ptr, b, B, K, L, BLOCK_K)
+    row, share = b, tile.to(tl.int64) * B + b
+    level, poison = 0, 0.0
+    stop = tl.load(ends_ptr)
+    end = _clamped(stop, 0, K)
+    steps = tl.arange(0, BLOCK_K)
+    feature, val, valid = load_pairs(indices_ptr, vals_ptr, b, steps, K, F, dtype)
+    for first in range(0, K, BLOCK_K):
+        weight_row = tl.multiple_of(feature * weight_stride, ALIGN)
+        mask = (valid | EVEN_K)[:, None] & in_row[None, :]
+        weight = tl.load(weight_ptr + weight_row[:, None] + cols[None, :], mask=mask, other=0.0)
+        # Prefetch the next pairs.
+        next_steps = steps + BLOCK_K
+        next_feature, next_val, next_valid = load_pairs(indices_ptr, vals_ptr, b, next_steps, K, F, dtype)
+        added = val[:, None] * weight.to(dtype)
+        # The levels that end in this tile
+        while (level < L) & (end <= first + BLOCK_K):
+            # An end out of order or out of range spoils its level and those behind it.
+            poison = tl.where(stop == end, poison, float("nan"))
+            prefix = recon + tl.sum(tl.where((steps < end)[:, None], added, 0.0), axis=0)
+            residual = tl.where(in_row, prefix - target + poison, 0.0)  # inf * 0 past the last column is NaN
+            if residuals_ptr is not None:
+                tl.store(residuals_ptr + row * D + cols, residual, mask=in_row)
+            tl.store(loss_ptr + share, tl.sum(residual * residual) / B / D)
+            level += 1
+            row += B
+            share += tl.num_programs(1) * B
+            stop = tl.load(ends_ptr + level, mask=level < L, other=0)
+            end = _clamped(stop, end, K)
+        recon += tl.sum(added, axis=0)
+        steps, feature, val, valid = next_steps, next_feature, next_val, next_valid
+
+
+@triton.jit
+def _clamped(stop, start, K):
+    """An end, in [start, K] whatever it is."""
+    return tl.minimum(tl.maximum(stop, start), K).to(tl.int32)
+
+
+@triton.jit
+def _store_rows(
+    rows_ptr,  # [K]
+    ends_ptr,  # [L]
+    b,
+    B,
+    K,
+    L,
+    BLOCK_K: tl.constexpr,
+):
+    """l(i) * B + b for each step i; the last level's beyond all ends."""
+    start = 0
+    for level in range(L):
+        end = _clamped(tl.load(ends_ptr + level), start, K)
+        limit = tl.where(level == L - 1, K, end)
+        for first in range(start, limit, BLOCK_K):
+            steps = first + tl.arange(0, BLOCK_K)
+            tl.store(rows_ptr + steps, b, mask=steps < limit)
+        start = end
+        b += B
+
+
+@cached_launch
+@triton.jit(do_not_specialize=["N", "L"])
+def _suffix_sums_kernel(
+    suffixes_ptr,  # [L, N], sum_{m >= l} scales[m] * residuals[m]
+    residuals_ptr,  # [L, N]
+    scales_ptr,  # [L]
+    N,
+    L,
+    BLOCK_N: tl.constexpr,
+):
+    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    exists = n < N
+    total = tl.zeros([BLOCK_N], residuals_ptr.dtype.element_ty)
+    scales_ptr += L
+    for level in range(1, L + 1):  # from the last one
+        row = (L - level).to(tl.int64) * N
+        scales_ptr -= 1
+        total += tl.load(scales_ptr) * tl.load(residuals_ptr + row + n, mask=exists, other=0.0)
+        tl.store(suffixes_ptr + row + n, total, mask=exists)
+
+
+def _nested_forward(
+    indices: torch.Tensor,  # [B, K]
+    weight: torch.Tensor,  # [F, D]
+    vals: torch.Tensor,  # [B, K]
+    bias: torch.Tensor,  # [D]
+    target: torch.Tensor,  # [B, D]
+    ends: torch.Tensor,  # [L], or [B, L]
+    needs_grad: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The losses [L], e_l [L, B, D], and the row of the latter that belongs to each step [B, K]; an empty tensor for
+    what is not needed."""
+    (B, K), (F, D), L = indices.shape, weight.shape, ends.shape[-1]
+    dtype = compute_dtype(weight, vals, bias, target)
+    weight, target, ends = unit_stride_rows(weight), unit_stride_rows(target), ends.contiguous()
+    block_k, block_d = min(_FORWARD_BLOCK_K, next_power_of_2(K)), gather_columns(weight, dtype)
+    tiles = cdiv(D, block_d)
+    shares = weight.new_empty(L, tiles * B, dtype=dtype)
+    residuals = weight.new_empty((L, B, D) if needs_grad else 0, dtype=dtype)
+    rows = indices.new_empty((B, K) if needs_grad else 0, dtype=torch.int32)
+    with device_of(weight):
+        _nested_forward_kernel[(B, tiles)](
+            shares,
+            residuals if needs_grad else None,
+            rows if needs_grad else None,
+            indices.contiguous(),
+            weight,
+            vals.contiguous(),
+            bias.contiguous(),
+            target,
+            ends,
+            weight.stride(0),
+            target.stride(0),
+            L if ends.dim() == 2 else 0,
+            B,
+            K,
+            F,
+            L,
+            D=D,
+            EVEN_K=K % block_k == 0,
+            ALIGN=row_alignment(weight, block_d // 32),
+            BLOCK_K=block_k,
+            BLOCK_D=block_d,
+            num_warps=1,
+        )
+    return shares.sum(1), residuals, rows
+
+
+def _nested_backward(
+    losses_grad: torch.Tensor,  # [L]
+    residuals: torch.Tensor,  # [L, B, D], e_l
+    rows: torch.Tensor,  # [B, K]
+    indices: torch.Tensor,  # [B, K]
+    weight: torch.Tensor,  # [F, D]
+    vals: torch.Tensor,  # [B, K]
+    ends: torch.Tensor,  # [L], or [B, L]
+    bias_dtype: torch.dtype,
+    target_dtype: torch.dtype,
+    needs_weight: bool,
+    needs_vals: bool,
+    needs_bias: bool,
+    needs_target: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of weight, vals, bias and target, an empty tensor for one that is not needed."""
+    (L, B, D), F, dtype = residuals.shape, len(weight), residuals.dtype
+    # What comes out of saved_tensors may have any strides.
+    residuals, rows, indices, vals = (t.contiguous() for t in (residuals, rows, indices, vals))
+    weight_grad = weight.new_empty((F, D) if needs_weight else 0)
+    vals_grad = vals.new_empty(vals.shape if needs_vals else 0)
+    bias_grad = weight.new_empty(0, dtype=bias_dtype)
+    target_grad = weight.new_empty(0, dtype=target_dtype)
+    scales = losses_grad * (2 / (B * D))
+    with device_of(weight):
+        if L == 1:
+            suffixes, scale = residuals, scales[0]
+        else:
+            suffixes, scale = torch.empty_like(residuals), scales.new_ones(())
+            _suffix_sums_kernel[(cdiv(B * D, _SUFFIX_BLOCK),)](
+                suffixes, residuals, scales.contiguous(), B * D, L, BLOCK_N=_SUFFIX_BLOCK
+            )
+        if needs_bias:
+            bias_grad = sum_columns(suffixes[0], scale).to(bias_dtype)
+        if needs_weight or needs_vals:
+            # Steps beyond the last end belong to no level.
+            outside = torch.arange(vals.shape[1], device=ends.device) >= ends[..., -1:]
+            pairs = order_pairs(indices, vals.masked_fill(outside, 0), F, dtype, pair_samples=rows)
+            out, dots = weight_grad if needs_weight else None, vals_grad if needs_vals else None
+            columns = None if L == 1 else _SUM_ROW_BYTES // scale.itemsize
+            sums = SegmentSum(pairs, scale, D, out, dots, weight, part_columns=columns)
+            sums.add(suffixes.view(L * B, D))
+            sums.finish()
+            if needs_vals:
+                vals_grad.masked_fill_(outside, 0)
+        if needs_target:
+            target_grad = (suffixes[0] * -scale).to(target_dtype)
+    return weight_grad, vals_grad, bias_grad, target_grad
+
+
+torch.library.define(
+    add_op_namespace_prefix("nested_forward"),
+    "(Tensor indices, Tensor weight, Tensor vals, Tensor bias, Tensor target, Tensor ends, bool needs_grad)"
+    " -> (Tensor, Tensor, Tensor)",
+)
+torch.library.impl(add_op_namespace_prefix("nested_forward"), "default", _nested_forward)
+
+torch.library.define(
+    add_op_namespace_prefix("nested_backward"),
+    "(Tensor losses_grad, Tensor residuals, Tensor rows, Tensor indices, Tensor weight, Tensor vals, Tensor ends,"
+    " ScalarType bias_dtype, ScalarType target_dtype, bool needs_weight, bool needs_vals, bool needs_bias,"
+    " bool needs_target) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+torch.library.impl(add_op_namespace_prefix("nested_backward"), "default", _nested_backward)
+
+
+@torch.library.register_fake(add_op_namespace_prefix("nested_forward"))
+def _nested_forward_fake(indices, weight, vals, bias, target, ends, needs_grad):
+    dtype, L = compute_dtype(weight, vals, bias, target), ends.shape[-1]
+    return (
+        weight.new_empty(L, dtype=dtype),
+        weight.new_empty((L, *target.shape) if needs_grad else 0, dtype=dtype),
+        indices.new_empty(indices.shape if needs_grad else 0, dtype=torch.int32),
+    )
+
+
+@torch.library.register_fake(add_op_namespace_prefix("nested_backward"))
+def _nested_backward_fake(losses_grad, residuals, rows, indices, weight, vals, ends, bias_dtype, target_dtype, *needs):
+    needs_weight, needs_vals, needs_bias, needs_target = needs
+    return (
+        weight.new_empty(weight.shape if needs_weight else 0),
+        vals.new_empty(vals.shape if needs_vals else 0),
+        weight.new_empty(weight.shape[1] if needs_bias else 0, dtype=bias_dtype),
+        weight.new_empty(residuals.shape[1:] if needs_target else 0, dtype=target_dtype),
+    )
+
+
+class NestedSAELoss(torch.autograd.Function):
+    """The two ops above as one differentiable function, see `triton_nested_sae_loss`."""
+
+    @staticmethod
+    def forward(ctx, indices, weight, vals, bias, target, ends, needs_grad):
+        losses, *state = ops.nested_forward(indices, weight, vals, bias, target, ends, needs_grad)
+        ctx.save_for_backward(*state, indices, weight, vals, ends)
+        ctx.dtypes = bias.dtype, target.dtype
+        return losses
+
+    @staticmethod
+    def backward(ctx, losses_grad):
+        refuse_second_derivative("triton_nested_sae_loss")
+        needs = ctx.needs_input_grad[1:5]
+        grads = ops.nested_backward(losses_grad, *ctx.saved_tensors, *ctx.dtypes, *needs)
+        return None, *(grad if needed else None for grad, needed in zip(grads, needs)), None, None
+
+
+def triton_nested_sae_loss(
+    indices: torch.Tensor,
+    weight: torch.Tensor,
+    vals: torch.Tensor,
+    bias: torch.Tensor,
+    target: torch.Tensor,
+    ends: torch.Tensor,
+) -> torch.Tensor:
+    """Mean squared errors of the reconstructions from several prefixes of each sample's features, fused.
+
+    ``losses[l] = mean over b, d of (bias + sum_{i < ends[b, l]} vals[b, i] * weight[indices[b, i]] - target[b])[d] **
+    2``: what SAEs of nested budgets are trained with, as a sum that the caller weighs. A budget for all samples is an
+    end for all (HierarchicalTopK's set of budgets, arXiv 2505.24473, section 3; Multi-TopK, Gao et al., arXiv
+    2406.04093, A.1); Matryoshka SAEs (Bussmann et al., arXiv 2503.17547), whose prefixes are of the dictionary, have
+    ends for each sample once its features are sorted by index.
+
+    Args:
+        indices: ``[B, K]`` int32 or int64, the active features of each sample, in ``[0, F)``, in the order that ends
+            count in. One out of range is not followed and makes all losses that count it NaN.
+        weight: ``[F, D]``, the decoder. Rows with unit stride are read in place, also of a slice; another layout, such
+            as the transpose of an ``nn.Linear`` weight, costs a copy of weight in the forward and in the backward pass.
+        vals: ``[B, K]``, the activations.
+        bias: ``[D]``.
+        target: ``[B, D]``, what to reconstruct.
+        ends: ``[L]``, or ``[B, L]`` for ends of each sample; int32 or int64, on the same device, ascending along L from
+            0 or more to K or less. 0 is the bias alone; equal ends are levels of their own. At an end below the one
+            before it or out of range, that loss and those behind it are NaN.
+
+    weight, vals, bias and target are float16, bfloat16, float32 or float64 in any mixture. Sums are float32, or float64
+    if any of the four is, and are rounded once, where they are stored.
+
+    Returns:
+        ``[L]`` float32 (float64 if any input is), differentiable once in weight, vals, bias and target. Features behind
+        a sample's last end have no gradient. The same inputs give the same bits. It keeps ``[L, B, D]`` numbers for the
+        backward pass, which takes as many again. Tensors on a CPU go to `nested_sae_loss`.
+
+    Raises:
+        TypeError: an argument is no tensor or has another dtype.
+        ValueError: shapes or devices do not fit together, or are too large for a launch: B * K, B * L, B * ceil(D / 32)
+            or F * ceil(D / 32) > 2**31 - 2**21, or D > 2**20.
+        IndexError: an index or an end is out of range, or ends do not ascend, and ``FLEX_SAE_CHECK_INDICES=1`` is in
+            the environment, which costs a device synchronisation.
+    """
+    check_nested_inputs(indices, weight, vals, bias, target, ends)
+    if not runs_triton(indices):
+        return unchecked_nested_sae_loss(indices, weight, vals, bias, target, ends)
+    needs_grad = needs_gradients(weight, vals, bias, target)
+    with torch.set_grad_enabled(needs_grad):
+        return NestedSAELoss.apply(indices, weight, vals, bias, target, ends, needs_grad)
