@@ -114,6 +114,31 @@ def _formulas(kind, problem, grad_out, sample_weight, minus):
 
 
 @torch.no_grad()
+def nested_truth(problem: Problem, ends: torch.Tensor, losses_grad: torch.Tensor, absolute: bool = False) -> Result:
+    """Nested losses [L] of ends [L] or [B, L], and gradients in float64; or of absolute inputs, the scale of rounding
+    errors, with every subtraction turned into an addition."""
+    tensors = [tensor.detach().double() for tensor in (*problem[1:], losses_grad)]
+    weight, vals, bias, target, losses_grad = [t.abs() for t in tensors] if absolute else tensors
+    minus = 1.0 if absolute else -1.0
+    indices, (B, K), L = problem.indices.long(), problem.indices.shape, ends.shape[-1]
+    ends, samples = ends.long().expand(B, L), torch.arange(B, device=ends.device)
+    prefix, residuals = bias + minus * target, target.new_zeros(L, *target.shape)
+    for step in range(K + 1):
+        if step:
+            prefix = torch.addcmul(prefix, vals[:, step - 1, None], weight[indices[:, step - 1]])
+        for level in range(L):
+            residuals[level, ends[:, level] == step] = prefix[ends[:, level] == step]
+    scaled = residuals * (2 / target.numel() * losses_grad)[:, None, None]
+    suffixes = torch.cat([scaled.flip(0).cumsum(0).flip(0), torch.zeros_like(scaled[:1])])  # zeros beyond all ends
+    d_weight, d_vals = torch.zeros_like(weight), torch.zeros_like(vals)
+    for step in range(K):
+        row, tail = weight[indices[:, step]], suffixes[(ends <= step).sum(1), samples]
+        d_weight.index_add_(0, indices[:, step], vals[:, step, None] * tail)
+        d_vals[:, step] = (row * tail).sum(1)
+    return Result(residuals.square().mean((1, 2)), d_weight, d_vals, suffixes[0].sum(0), minus * suffixes[0])
+
+
+@torch.no_grad()
 def encoder_truth(problem: EncoderProblem, absolute: bool = False) -> EncoderResult:
     """Pre-activations at the indices and gradients in float64; or of absolute inputs, the scale of rounding errors."""
     x, weight, bias, vals_grad = (

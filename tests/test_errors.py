@@ -420,3 +420,59 @@ def test_offsets_of_the_decode_that_do_not_ascend_are_named_on_request(decode, d
     offsets = torch.tensor([0, 4, 3, 6, 12], device=device)
     with pytest.raises(IndexError, match=r"^offsets must ascend from 0 to at most P = 12, got \[0, 4, 3, 6, 12\]$"):
         decode(**{**decode_arguments(device, True), "offsets": offsets})
+
+
+# The nested losses
+
+ENDS = {"dtype": torch.int64}
+NESTED_MISTAKES = [
+    *(("ends", zeros(*shape, **ENDS), ValueError,
+       f"ends must have shape [L] or [B, L] = (4, L) with L >= 1, got {shape}")
+      for shape in ((), (0,), (4, 0), (3, 2), (4, 2, 1))),
+    ("ends", zeros(2, dtype=torch.float32), TypeError, "ends must be int32 or int64, got torch.float32"),
+    ("ends", lambda device: [3], TypeError, "ends must be a torch.Tensor, got list"),
+    ("ends", lambda device: torch.zeros(2, device="meta", dtype=torch.int64), ValueError,
+     "ends must be on the device of weight, DEVICE, got meta"),
+    ("weight", zeros(33, 9), ValueError,
+     "weight must have shape [F, D], got (33, 9), which is [D, F] for these bias and target: pass weight.t()"),
+    ("vals", zeros(4, 6), ValueError, "vals must have shape [B, K] = (4, 3), got (4, 6)"),
+]  # fmt: skip
+
+
+@pytest.fixture(params=["triton_nested_sae_loss", "nested_sae_loss"])
+def nested(request, flex):
+    return getattr(flex, request.param)
+
+
+@pytest.mark.parametrize("name, wrong, error, message", NESTED_MISTAKES, ids=[m[-1] for m in NESTED_MISTAKES])
+def test_a_mistake_to_the_nested_losses_is_named(nested, device, name, wrong, error, message):
+    problem = make_problem(4, 3, 9, 33, device=device)
+    arguments = {**problem._asdict(), "ends": torch.tensor([1, 3], device=device), name: wrong(device)}
+    message = message.replace("DEVICE", str(problem.weight.device))
+    with pytest.raises(error, match=f"^{re.escape(message)}$"):
+        nested(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("ends", "value", "place"),
+    [([-1, 2], -1, [0]), ([2, 1], 1, [1]), ([0, 4], 4, [1]), ([[1, 2], [1, 2], [3, 2], [9, 9]], 2, [2, 1])],
+    ids=str,
+)
+def test_a_wrong_end_is_named_on_request(nested, device, monkeypatch, ends, value, place):
+    monkeypatch.setenv("FLEX_SAE_CHECK_INDICES", "1")
+    problem = make_problem(4, 3, 9, 33, device=device)
+    nested(*problem, torch.tensor([0, 3, 3], device=device))
+    message = f"ends must ascend from 0 to at most K = 3, got {value} at {place}"
+    with pytest.raises(IndexError, match=f"^{re.escape(message)}$"):
+        nested(*problem, torch.tensor(ends, device=device))
+
+
+def test_too_many_levels_are_named(nested, device):
+    number = torch.zeros((), device=device)
+    tensors = (number.long().expand(2**20, 1), number.expand(9, 33), number.expand(2**20, 1), number.expand(33))
+    message = (
+        "sizes must satisfy B * L, B * ceil(D / 32), F * ceil(D / 32) <= 2**31 - 2**21 and D <= 2**20, "
+        f"got B={2**20}, L=2048, F=9, D=33"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        nested(*tensors, number.expand(2**20, 33), number.long().expand(2048))

@@ -110,6 +110,17 @@ def test_the_decode_reads_and_writes_its_own(flex, device, guarded, lengths, spa
     assert gradients[1].tolist() == [33] * sum(lengths) + [0] * spare
 
 
+@pytest.mark.parametrize("ends", [[0, 3, 17], [5], [[1, 2], [9, 1], [0, 99]], [[0, 0], [17, 17], [3, 5]]], ids=str)
+def test_nested_losses_read_and_write_their_own(flex, device, guarded, ends):
+    problem = make_problem(3, 17, 9, 33, device=device)
+    ends = torch.tensor(ends, device=device)
+    guarded.clear()
+    result = run(lambda *inputs: flex.triton_nested_sae_loss(*inputs, ends).sum(), problem)
+    assert_nothing_else_was_written(guarded)
+    right = ends.diff(dim=-1).ge(0).all() and ends.max() <= 17
+    assert all(value.isfinite().all() for value in result) == right
+
+
 @needs_cuda
 @pytest.mark.parametrize("pattern", ["uniform", "one_hot_feature"])
 def test_recycled_memory_full_of_nan_does_not_show(flex, kind, pattern):
