@@ -43,7 +43,6 @@ _SUFFIX_BLOCK = 1024
 def _nested_forward_kernel(
     loss_ptr,  # [L, cdiv(D, BLOCK_D), B], this tile's share of each loss
     residuals_ptr,  # [L, B, D], e_l, or None
-    rows_ptr,  # [B, K], l(i) * B + b, the row of residuals [L * B, D] for each step; or None
     indices_ptr,  # [B, K]
     weight_ptr,  # [F, D]
     vals_ptr,  # [B, K]
@@ -69,10 +68,8 @@ def _nested_forward_kernel(
     recon = tl.load(bias_ptr + cols, mask=in_row, other=0.0).to(dtype)
     target = tl.load(target_ptr + b * target_stride + cols, mask=in_row, other=0.0).to(dtype)
     ends_ptr += b * ends_stride
-    if rows_ptr is not None and tile == 0:
-        _store_rows(rows_ptr + b * K, ends_ptr, b, B, K, L, BLOCK_K)
     row, share = b, tile.to(tl.int64) * B + b
-    level, poison = 0, 0.0
+    level = 0
     stop = tl.load(ends_ptr)
     end = _clamped(stop, 0, K)
     steps = tl.arange(0, BLOCK_K)
@@ -88,9 +85,9 @@ def _nested_forward_kernel(
         # The levels that end in this tile
         while (level < L) & (end <= first + BLOCK_K):
             # An end out of order or out of range spoils its level and those behind it.
-            poison = tl.where(stop == end, poison, float("nan"))
+            recon = tl.where(stop == end, recon, float("nan"))
             prefix = recon + tl.sum(tl.where((steps < end)[:, None], added, 0.0), axis=0)
-            residual = tl.where(in_row, prefix - target + poison, 0.0)  # inf * 0 past the last column is NaN
+            residual = tl.where(in_row, prefix - target, 0.0)  # inf * 0 past the last column is NaN
             if residuals_ptr is not None:
                 tl.store(residuals_ptr + row * D + cols, residual, mask=in_row)
             tl.store(loss_ptr + share, tl.sum(residual * residual) / B / D)
@@ -109,26 +106,29 @@ def _clamped(stop, start, K):
     return tl.minimum(tl.maximum(stop, start), K).to(tl.int32)
 
 
-@triton.jit
-def _store_rows(
-    rows_ptr,  # [K]
-    ends_ptr,  # [L]
-    b,
+@cached_launch
+@triton.jit(do_not_specialize=["ends_stride", "B", "K", "L"])
+def _level_rows_kernel(
+    rows_ptr,  # [B, K], l(i) * B + b, the row of T [L * B, D] for each step; the last level's beyond all ends
+    ends_ptr,  # [L], or [B, L]
+    ends_stride,  # 0 for ends [L]
     B,
     K,
     L,
     BLOCK_K: tl.constexpr,
 ):
-    """l(i) * B + b for each step i; the last level's beyond all ends."""
+    row = tl.program_id(0).to(tl.int64)
+    rows_ptr += row * K
+    ends_ptr += row * ends_stride
     start = 0
     for level in range(L):
         end = _clamped(tl.load(ends_ptr + level), start, K)
         limit = tl.where(level == L - 1, K, end)
         for first in range(start, limit, BLOCK_K):
             steps = first + tl.arange(0, BLOCK_K)
-            tl.store(rows_ptr + steps, b, mask=steps < limit)
+            tl.store(rows_ptr + steps, row, mask=steps < limit)
         start = end
-        b += B
+        row += B
 
 
 @cached_launch
@@ -160,9 +160,8 @@ def _nested_forward(
     target: torch.Tensor,  # [B, D]
     ends: torch.Tensor,  # [L], or [B, L]
     needs_grad: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The losses [L], e_l [L, B, D], and the row of the latter that belongs to each step [B, K]; an empty tensor for
-    what is not needed."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The losses [L], and e_l [L, B, D] if they are needed, else an empty tensor."""
     (B, K), (F, D), L = indices.shape, weight.shape, ends.shape[-1]
     dtype = compute_dtype(weight, vals, bias, target)
     weight, target, ends = unit_stride_rows(weight), unit_stride_rows(target), ends.contiguous()
@@ -170,12 +169,10 @@ def _nested_forward(
     tiles = cdiv(D, block_d)
     shares = weight.new_empty(L, tiles * B, dtype=dtype)
     residuals = weight.new_empty((L, B, D) if needs_grad else 0, dtype=dtype)
-    rows = indices.new_empty((B, K) if needs_grad else 0, dtype=torch.int32)
     with device_of(weight):
         _nested_forward_kernel[(B, tiles)](
             shares,
             residuals if needs_grad else None,
-            rows if needs_grad else None,
             indices.contiguous(),
             weight,
             vals.contiguous(),
@@ -196,13 +193,12 @@ def _nested_forward(
             BLOCK_D=block_d,
             num_warps=1,
         )
-    return shares.sum(1), residuals, rows
+    return shares.sum(1), residuals
 
 
 def _nested_backward(
     losses_grad: torch.Tensor,  # [L]
     residuals: torch.Tensor,  # [L, B, D], e_l
-    rows: torch.Tensor,  # [B, K]
     indices: torch.Tensor,  # [B, K]
     weight: torch.Tensor,  # [F, D]
     vals: torch.Tensor,  # [B, K]
@@ -217,7 +213,7 @@ def _nested_backward(
     """The gradients of weight, vals, bias and target, an empty tensor for one that is not needed."""
     (L, B, D), F, dtype = residuals.shape, len(weight), residuals.dtype
     # What comes out of saved_tensors may have any strides.
-    residuals, rows, indices, vals = (t.contiguous() for t in (residuals, rows, indices, vals))
+    residuals, indices, vals, ends = (t.contiguous() for t in (residuals, indices, vals, ends))
     weight_grad = weight.new_empty((F, D) if needs_weight else 0)
     vals_grad = vals.new_empty(vals.shape if needs_vals else 0)
     bias_grad = weight.new_empty(0, dtype=bias_dtype)
@@ -234,6 +230,10 @@ def _nested_backward(
         if needs_bias:
             bias_grad = sum_columns(suffixes[0], scale).to(bias_dtype)
         if needs_weight or needs_vals:
+            rows = torch.empty_like(indices, dtype=torch.int32)
+            _level_rows_kernel[(B,)](
+                rows, ends, L if ends.dim() == 2 else 0, B, indices.shape[1], L, BLOCK_K=_FORWARD_BLOCK_K, num_warps=1
+            )
             # Steps beyond the last end belong to no level.
             outside = torch.arange(vals.shape[1], device=ends.device) >= ends[..., -1:]
             pairs = order_pairs(indices, vals.masked_fill(outside, 0), F, dtype, pair_samples=rows)
@@ -252,13 +252,13 @@ def _nested_backward(
 torch.library.define(
     add_op_namespace_prefix("nested_forward"),
     "(Tensor indices, Tensor weight, Tensor vals, Tensor bias, Tensor target, Tensor ends, bool needs_grad)"
-    " -> (Tensor, Tensor, Tensor)",
+    " -> (Tensor, Tensor)",
 )
 torch.library.impl(add_op_namespace_prefix("nested_forward"), "default", _nested_forward)
 
 torch.library.define(
     add_op_namespace_prefix("nested_backward"),
-    "(Tensor losses_grad, Tensor residuals, Tensor rows, Tensor indices, Tensor weight, Tensor vals, Tensor ends,"
+    "(Tensor losses_grad, Tensor residuals, Tensor indices, Tensor weight, Tensor vals, Tensor ends,"
     " ScalarType bias_dtype, ScalarType target_dtype, bool needs_weight, bool needs_vals, bool needs_bias,"
     " bool needs_target) -> (Tensor, Tensor, Tensor, Tensor)",
 )
@@ -271,12 +271,11 @@ def _nested_forward_fake(indices, weight, vals, bias, target, ends, needs_grad):
     return (
         weight.new_empty(L, dtype=dtype),
         weight.new_empty((L, *target.shape) if needs_grad else 0, dtype=dtype),
-        indices.new_empty(indices.shape if needs_grad else 0, dtype=torch.int32),
     )
 
 
 @torch.library.register_fake(add_op_namespace_prefix("nested_backward"))
-def _nested_backward_fake(losses_grad, residuals, rows, indices, weight, vals, ends, bias_dtype, target_dtype, *needs):
+def _nested_backward_fake(losses_grad, residuals, indices, weight, vals, ends, bias_dtype, target_dtype, *needs):
     needs_weight, needs_vals, needs_bias, needs_target = needs
     return (
         weight.new_empty(weight.shape if needs_weight else 0),
@@ -291,8 +290,8 @@ class NestedSAELoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, indices, weight, vals, bias, target, ends, needs_grad):
-        losses, *state = ops.nested_forward(indices, weight, vals, bias, target, ends, needs_grad)
-        ctx.save_for_backward(*state, indices, weight, vals, ends)
+        losses, residuals = ops.nested_forward(indices, weight, vals, bias, target, ends, needs_grad)
+        ctx.save_for_backward(residuals, indices, weight, vals, ends)
         ctx.dtypes = bias.dtype, target.dtype
         return losses
 
