@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from pairs import ragged_pairs
+from pairs import nested_pairs, ragged_pairs
 
 # Rows of no, one, all and some nonzeros, the last row empty again; small integers, whose sums are exact.
 CODES = [[0, 0, 0, 0], [0, 3, 0, 0], [1, -2, 3, 4], [0, 0, 5, 1], [0, 0, 0, 0]]
@@ -56,3 +56,22 @@ def test_nothing_waits_for_the_gpu(codes):
         vals.sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_nested_pairs_have_all_nonzeros_in_order_of_features_and_count_those_of_each_level(codes, device):
+    indices, vals, ends = nested_pairs(codes, 4, torch.tensor([1, 2, 4], device=device))
+    assert indices.tolist() == [[0, 1, 2, 3]] * len(CODES)
+    assert vals.tolist() == CODES
+    assert ends.tolist() == [[1, 2, 4]] * len(CODES)
+    rows = [0, 1, 3, 4]  # two nonzeros at most
+    indices, vals, ends = nested_pairs(codes[rows], 2, torch.tensor([1, 2, 4], device=device))
+    assert (indices[:, 0] < indices[:, 1]).all()
+    assert torch.equal(torch.zeros_like(codes[rows]).scatter(1, indices, vals), codes[rows])
+    for level, width in enumerate([1, 2, 4]):
+        assert torch.equal(ends[:, level], (indices < width).sum(1))
+
+
+def test_more_nonzeros_than_nested_pairs_has_room_for_are_nan_in_their_row_alone(codes, device):
+    _, vals, _ = nested_pairs(codes, 3, torch.tensor([4], device=device))
+    assert vals.isnan().all(1).tolist() == [False, False, True, False, False]
+    assert not vals[[0, 1, 3, 4]].isnan().any()

@@ -1,4 +1,4 @@
-"""Dense codes of a trainer as the ragged pairs that `triton_sae_decode` takes."""
+"""Dense codes of a trainer as the pairs that `triton_sae_decode` and `triton_nested_sae_loss` take."""
 
 import torch
 
@@ -23,3 +23,22 @@ def ragged_pairs(codes, P):
     offsets = torch.searchsorted(places, torch.arange(0, (B + 1) * F, F, device=codes.device))
     vals = flat.gather(0, places.clamp(max=B * F - 1)).masked_fill(too_many, float("nan"))
     return places % F, vals, offsets
+
+
+def nested_pairs(codes, K, widths):
+    """Rows of K codes with all nonzeros: `triton_nested_sae_loss(indices, weight, vals, bias, x, ends)`.
+
+    Args:
+        codes: ``[B, F]``, as for `ragged_pairs`.
+        K: an upper bound on the nonzeros of a row, itself at most F. A row that has more gets vals of NaN.
+        widths: ``[L]`` int64 on the device of codes, ascending: level l of a Matryoshka SAE is of the first widths[l]
+            features.
+
+    Returns:
+        indices ``[B, K]``, ascending in each row, and vals ``[B, K]``, differentiable in codes: the nonzeros and, where
+        a row has fewer, some zeros; ends ``[B, L]``, how many of them are of each level.
+    """
+    indices = codes.detach().abs().topk(K, dim=1, sorted=False).indices.sort(dim=1).values
+    too_many = (codes.detach() != 0).sum(1, keepdim=True) > K
+    ends = torch.searchsorted(indices, widths.expand(len(codes), -1).contiguous())
+    return indices, codes.gather(1, indices).masked_fill(too_many, float("nan")), ends
