@@ -316,7 +316,7 @@ def triton_nested_sae_loss(
     ``losses[l] = mean over b, d of (bias + sum_{i < ends[b, l]} vals[b, i] * weight[indices[b, i]] - target[b])[d] **
     2``: what SAEs of nested budgets are trained with, as a sum that the caller weighs. A budget for all samples is an
     end for all (HierarchicalTopK's set of budgets, arXiv 2505.24473, section 3; Multi-TopK, Gao et al., arXiv
-    2406.04093, A.1); Matryoshka SAEs (Bussmann et al., arXiv 2503.17547), whose prefixes are of the dictionary, have
+    2406.04093); Matryoshka SAEs (Bussmann et al., arXiv 2503.17547), whose prefixes are of the dictionary, have
     ends for each sample once its features are sorted by index.
 
     Args:
