@@ -106,6 +106,20 @@ def test_ends_may_be_zero_equal_and_of_each_sample(flex, device, name, ends):
     assert not result.vals[outside].count_nonzero()
 
 
+@BOTH
+def test_what_stands_behind_the_last_end_is_ignored(flex, device, name):
+    problem = make_problem(4, 7, 9, 33, device=device)
+    ends = torch.tensor([[0, 2], [1, 5], [3, 7], [0, 0]], device=device)
+    grad = make_grad(2, device)
+    outside = torch.arange(7, device=device) >= ends[:, -1:]
+    padded = problem._replace(
+        indices=problem.indices.masked_fill(outside, -1), vals=problem.vals.masked_fill(outside, float("nan"))
+    )
+    result = run_nested(getattr(flex, name), padded, ends, grad)
+    assert not result.vals[outside].count_nonzero()
+    assert_right(problem, ends, grad, result)
+
+
 def test_one_end_of_all_features_is_topk(flex, device):
     problem = make_problem(4, 40, 9, 33, device=device)
     ends = torch.tensor([40], device=device)

@@ -234,9 +234,10 @@ def _nested_backward(
             _level_rows_kernel[(B,)](
                 rows, ends, L if ends.dim() == 2 else 0, B, indices.shape[1], L, BLOCK_K=_FORWARD_BLOCK_K, num_warps=1
             )
-            # Steps beyond the last end belong to no level.
+            # Steps behind the last end belong to no level, whatever they hold.
             outside = torch.arange(vals.shape[1], device=ends.device) >= ends[..., -1:]
-            pairs = order_pairs(indices, vals.masked_fill(outside, 0), F, dtype, pair_samples=rows)
+            indices, vals = indices.masked_fill(outside, 0), vals.masked_fill(outside, 0)
+            pairs = order_pairs(indices, vals, F, dtype, pair_samples=rows)
             out, dots = weight_grad if needs_weight else None, vals_grad if needs_vals else None
             columns = None if L == 1 else _SUM_ROW_BYTES // scale.itemsize
             sums = SegmentSum(pairs, scale, D, out, dots, weight, part_columns=columns)
@@ -335,9 +336,9 @@ def triton_nested_sae_loss(
     if any of the four is, and are rounded once, where they are stored.
 
     Returns:
-        ``[L]`` float32 (float64 if any input is), differentiable once in weight, vals, bias and target. Features behind
-        a sample's last end have no gradient. The same inputs give the same bits. It keeps ``[L, B, D]`` numbers for the
-        backward pass, which takes as many again. Tensors on a CPU go to `nested_sae_loss`.
+        ``[L]`` float32 (float64 if any input is), differentiable once in weight, vals, bias and target. What stands
+        behind a sample's last end is ignored, with a gradient of zero. The same inputs give the same bits. ``[L, B, D]``
+        numbers are kept for the backward pass, which takes as many again. Tensors on a CPU go to `nested_sae_loss`.
 
     Raises:
         TypeError: an argument is no tensor or has another dtype.

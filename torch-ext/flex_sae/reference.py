@@ -121,6 +121,8 @@ def unchecked_nested_sae_loss(indices, weight, vals, bias, target, ends):
     ends = ends.long().expand(B, L)
     before = torch.cat([ends.new_zeros(B, 1), ends[:, :-1]], dim=1)
     wrong = ((ends < before) | (ends > K)).cumsum(1) > 0
+    outside = torch.arange(K, device=ends.device) >= ends[:, -1:]
+    indices, vals = indices.masked_fill(outside, 0), vals.masked_fill(outside, 0)
     # The sums over 0, 1, .., K features
     sums = torch.nn.functional.pad(_terms(indices, weight, vals, dtype).cumsum(1), (0, 0, 1, 0))
     chosen = sums.gather(1, ends.clamp(0, K).unsqueeze(-1).expand(-1, -1, sums.shape[-1]))
