@@ -31,9 +31,10 @@ class Case:
     parts           the parts of the package's training step, each a row
     auxk            AuxK of docs/trainers.md with a twentieth of the features dead
 
-    And one that has no loss:
+    And two that have no such loss:
 
     decode          reconstructions and their gradients for weight, vals and bias
+    nested          the sum of nested losses, and its gradients for weight, vals and bias
     """
 
     shape: Shape
@@ -45,7 +46,7 @@ class Case:
 
     @property
     def rows(self) -> tuple[str, ...]:
-        return {"parts": PARTS, "auxk": AUXK}.get(self.mode, ("flex_sae", *self.peers))
+        return {"parts": PARTS, "auxk": AUXK, "nested": NESTED}.get(self.mode, ("flex_sae", *self.peers))
 
 
 PEERS = {
@@ -58,6 +59,7 @@ TRAINING_PEERS = ("torch encoder, flex_sae loss", "torch eager", "torch.compile"
 PARTS = ("matmul", "encode", "loss", "encoder gradients", "Adam")
 # The bookkeeping of what has fired, which every step pays, and AuxK itself
 AUXK = ("last_fired", "AuxK")
+NESTED = ("flex_sae, L=1", "flex_sae, L=5", "flex_sae, L=5, of each sample", "flex_sae, L=10", "5 masked decodes")
 DECODE_PEERS = (
     *("flex_sae, random rows", "flex_sae, Zipf rows", "embedding_bag", "torch.sparse"),
     *("dense codes", "flex_sae, of dense codes"),
@@ -134,7 +136,13 @@ def decode() -> list[Case]:
     return cases
 
 
-SUITES = {suite.__name__: suite for suite in (decoder_step, losses, sizes, small, training, decode)}
+def nested() -> list[Case]:
+    """Nested losses with their gradients, beside the other two losses."""
+    shapes = (Shape(4096, 32, 24576, 768), Shape(4096, 64, 65536, 2304), Shape(4096, 128, 65536, 2304))
+    return [case for s in shapes for case in (Case(s, "", "nested"), Case(s, "topk"), Case(s, "hierarchical"))]
+
+
+SUITES = {suite.__name__: suite for suite in (decoder_step, losses, sizes, small, training, decode, nested)}
 
 
 def quick(case: Case) -> Case:

@@ -212,6 +212,22 @@ def decode(results: list[dict]) -> str:
     )
 
 
+def nested(results: list[dict]) -> str:
+    """Nested losses and gradients: time, and how many times that of the TopK loss."""
+    topk = {tuple(shape_of(r).values()): r for r in results if r["loss"] == "topk"}
+
+    def figures(record):
+        own = topk[tuple(shape_of(record).values())]
+        times = f" ({record['ms'] / own['ms']:.2f}x)" if own["status"] == "ok" and record is not own else ""
+        return f"{milliseconds(record['ms'])}{times}, {record['extra_gib']:.2f} GiB"
+
+    return pivot(
+        results,
+        lambda r: {"": LOSSES.get(r["loss"], r["row"])},
+        lambda r: {"/".join(str(size) for size in shape_of(r).values()): cell(r, figures)},
+    )
+
+
 def case_of(record: dict) -> tuple:
     return tuple(record[key] for key in (*"BKFD", "dtype", "distribution", "loss", "mode"))
 
@@ -247,7 +263,7 @@ def memory(results: list[dict]) -> str:
 
 
 OF_TRAINING = (headline, training, training_topk, training_parts, training_graph, training_defaults, encoder, auxk)
-TABLES = {table.__name__: table for table in (*OF_TRAINING, decode, decoder_step, losses, sizes, small, memory)}
+TABLES = {table.__name__: table for table in (*OF_TRAINING, decode, nested, decoder_step, losses, sizes, small, memory)}
 # Of the tables whose suite has another name
 SUITES = {**{table.__name__: "training" for table in OF_TRAINING}, "memory": "losses"}
 

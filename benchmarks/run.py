@@ -21,6 +21,7 @@ from pathlib import Path
 
 import decode
 import measure
+import nested
 import records
 import torch
 import training
@@ -165,6 +166,9 @@ def run(cases: list[Case], package, baselines: dict, out: Path | None) -> bool:
                         inputs = inputs or Inputs(shape)
                         if case.mode == "decode":
                             lines = run_decode_case(case, inputs, package)
+                        elif case.mode == "nested":
+                            functions = nested.implementations(case, package)
+                            lines = run_rows(case, inputs, functions, functools.partial(nested.prepare, case, inputs))
                         else:
                             if case.loss not in truths:
                                 truths[case.loss] = inputs.truths(case.loss)

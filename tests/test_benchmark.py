@@ -4,6 +4,8 @@ import json
 import runpy
 import subprocess
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +17,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import cases
 import inputs
 import measure
+import nested
 import peers
 import records
 import run
@@ -180,6 +183,19 @@ def test_a_wrong_decode_is_not_timed(flex, timed, device, monkeypatch):
     assert record["status"] == "wrong" and "recon is off by 1.0e-03" in record["detail"]
 
 
+def test_nested_losses_that_are_right_are_timed(flex, timed, device, monkeypatch):
+    monkeypatch.setattr(inputs, "DEVICE", device)
+    shape = cases.Shape(B=6, K=10, F=32, D=16)
+    (case, *_) = (replace(case, shape=shape) for case in cases.nested())
+    made, functions = inputs.Inputs(shape), nested.implementations(case, flex)
+    records = run.run_rows(case, made, functions, partial(nested.prepare, case, made))
+    assert [(r["row"], r["status"]) for r in records] == [(row, "ok") for row in cases.NESTED]
+    loss, ends = functions["flex_sae, L=5"]
+    wrong = {"wrong": (lambda *arguments: 1.001 * loss(*arguments), ends)}
+    (record,) = run.run_rows(case, made, wrong, partial(nested.prepare, case, made))
+    assert record["status"] == "wrong" and "off by 1.0e-03" in record["detail"]
+
+
 def biased(encode, scale):
     """An encoder whose vals have `scale` times the gradient."""
 
@@ -337,6 +353,7 @@ CELLS = {
     "small": ["eager, one thread", "CUDA graph", "embedding_bag", "10.5 ms"],
     "memory": ["4096", "131072", "0.50 GiB"],
     "decode": ["flex_sae, TopK loss", "flex_sae, Zipf rows", "torch.sparse", "2.00 ms, 0.50 GiB", "10.0 ms, 2.50 GiB"],
+    "nested": ["HierarchicalTopK", "5 masked decodes", "10.0 ms (5.00x), 2.50 GiB", "2.00 ms, 0.50 GiB"],
     "auxk": ["24576", "autocast", "10.0 ms (500%)", "10.0 ms (1000%)"],
 }
 
@@ -352,7 +369,7 @@ def test_a_report_has_the_tables_and_the_plot(tmp_path):
     for name, cells in CELLS.items():
         assert all(f"| {cell} " in tables[name] for cell in cells), tables[name]
     lines = {"training": 6, "training_parts": 12, "training_graph": 12, "training_defaults": 4, "encoder": 6}
-    for name, count in {**lines, "auxk": 6, "decode": 8, "decoder_step": 6, "memory": 3}.items():
+    for name, count in {**lines, "auxk": 6, "decode": 8, "nested": 7, "decoder_step": 6, "memory": 3}.items():
         assert tables[name].count("\n|") == 2 + count, tables[name]
     drawn = (tmp_path / "training.svg").read_text()
     assert "<!-- peak memory (GiB) -->" in drawn and drawn.count("out of memory") == 4

@@ -337,8 +337,9 @@ def triton_nested_sae_loss(
 
     Returns:
         ``[L]`` float32 (float64 if any input is), differentiable once in weight, vals, bias and target. What stands
-        behind a sample's last end is ignored, with a gradient of zero. The same inputs give the same bits. ``[L, B, D]``
-        numbers are kept for the backward pass, which takes as many again. Tensors on a CPU go to `nested_sae_loss`.
+        behind a sample's last end is ignored, with a gradient of zero. The same inputs give the same bits. It keeps
+        ``[L, B, D]`` numbers for the backward pass, which takes as many again. Tensors on a CPU go to
+        `nested_sae_loss`.
 
     Raises:
         TypeError: an argument is no tensor or has another dtype.
