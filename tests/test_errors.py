@@ -462,7 +462,7 @@ def test_a_wrong_end_is_named_on_request(nested, device, monkeypatch, ends, valu
     monkeypatch.setenv("FLEX_SAE_CHECK_INDICES", "1")
     problem = make_problem(4, 3, 9, 33, device=device)
     nested(*problem, torch.tensor([0, 3, 3], device=device))
-    message = f"ends must ascend from 0 to at most K = 3, got {value} at {place}"
+    message = f"ends must not descend and must lie in [0, K] = [0, 3], got {value} at {place}"
     with pytest.raises(IndexError, match=f"^{re.escape(message)}$"):
         nested(*problem, torch.tensor(ends, device=device))
 

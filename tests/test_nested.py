@@ -152,8 +152,9 @@ def test_a_level_alone_has_the_gradient_of_its_prefix(flex, device):
 )
 def test_a_wrong_end_spoils_its_level_and_those_behind_it(flex, device, name, ends, wrong):
     problem = make_problem(3, 5, 9, 33, device=device)
-    losses = run_nested(getattr(flex, name), problem, torch.tensor(ends, device=device), make_grad(3, device)).loss
-    assert losses.isnan().tolist() == [level >= wrong for level in range(3)]
+    result = run_nested(getattr(flex, name), problem, torch.tensor(ends, device=device), make_grad(3, device))
+    assert result.loss.isnan().tolist() == [level >= wrong for level in range(3)]
+    assert result.bias.isnan().all()
 
 
 @BOTH

@@ -1,7 +1,7 @@
 """Train sae-lens' Matryoshka SAE on these kernels: FlexMatryoshkaBatchTopK(MatryoshkaBatchTopKTrainingSAEConfig(...)).
 
 As with_sae_lens.py, and the losses of the inner levels, a dense product each in forward and two in backward, become one
-call over the active pairs. Rows get the length of the batch's longest, which waits for the GPU once a step.
+call over the active pairs. Rows get the length of the batch's longest, for which each step waits for the GPU.
 """
 
 import torch
@@ -16,6 +16,8 @@ class FlexMatryoshkaBatchTopK(FlexDecode, MatryoshkaBatchTopKTrainingSAE):
             raise ValueError("normalize_activations must not rescale each reconstruction: the losses are fused")
         output = super(MatryoshkaBatchTopKTrainingSAE, self).training_forward_pass(step_input)
         codes, widths = output.feature_acts, self.cfg.matryoshka_widths[:-1]  # the last is the base's mse_loss
+        if not widths:
+            return output
         longest = int((codes != 0).sum(1).max())
         K = min(-(-longest // 32) * 32, codes.shape[1])  # each K is compiled for: few of them
         indices, vals, ends = nested_pairs(codes, max(K, 1), torch.tensor(widths, device=codes.device))

@@ -74,7 +74,7 @@ def check_nested_inputs(
         if len(bad):
             place = bad[0].tolist()
             value = ends[tuple(place)].item()
-            raise IndexError(f"ends must ascend from 0 to at most K = {K}, got {value} at {place}")
+            raise IndexError(f"ends must not descend and must lie in [0, K] = [0, {K}], got {value} at {place}")
 
 
 def check_encode_inputs(

@@ -239,7 +239,7 @@ def _nested_backward(
             indices, vals = indices.masked_fill(outside, 0), vals.masked_fill(outside, 0)
             pairs = order_pairs(indices, vals, F, dtype, pair_samples=rows)
             out, dots = weight_grad if needs_weight else None, vals_grad if needs_vals else None
-            columns = None if L == 1 else _SUM_ROW_BYTES // scale.itemsize
+            columns = None if L == 1 else min(_SUM_ROW_BYTES // scale.itemsize, next_power_of_2(D))
             sums = SegmentSum(pairs, scale, D, out, dots, weight, part_columns=columns)
             sums.add(suffixes.view(L * B, D))
             sums.finish()
@@ -330,7 +330,7 @@ def triton_nested_sae_loss(
         target: ``[B, D]``, what to reconstruct.
         ends: ``[L]``, or ``[B, L]`` for ends of each sample; int32 or int64, on the same device, ascending along L from
             0 or more to K or less. 0 is the bias alone; equal ends are levels of their own. At an end below the one
-            before it or out of range, that loss and those behind it are NaN.
+            before it or out of range, that loss and those behind it are NaN, and with them the sample's gradients.
 
     weight, vals, bias and target are float16, bfloat16, float32 or float64 in any mixture. Sums are float32, or float64
     if any of the four is, and are rounded once, where they are stored.
@@ -338,7 +338,7 @@ def triton_nested_sae_loss(
     Returns:
         ``[L]`` float32 (float64 if any input is), differentiable once in weight, vals, bias and target. What stands
         behind a sample's last end is ignored, with a gradient of zero. The same inputs give the same bits. It keeps
-        ``[L, B, D]`` numbers for the backward pass, which takes as many again. Tensors on a CPU go to
+        ``[L, B, D]`` numbers for the backward pass, which takes as many again where L > 1. Tensors on a CPU go to
         `nested_sae_loss`.
 
     Raises:

@@ -126,8 +126,8 @@ def unchecked_nested_sae_loss(indices, weight, vals, bias, target, ends):
     # The sums over 0, 1, .., K features
     sums = torch.nn.functional.pad(_terms(indices, weight, vals, dtype).cumsum(1), (0, 0, 1, 0))
     chosen = sums.gather(1, ends.clamp(0, K).unsqueeze(-1).expand(-1, -1, sums.shape[-1]))
-    residuals = (bias.to(dtype) + chosen - target.to(dtype).unsqueeze(1)).masked_fill(wrong.unsqueeze(-1), float("nan"))
-    return residuals.square().mean((0, 2))
+    poison = wrong.to(dtype).masked_fill(wrong, float("nan")).unsqueeze(-1)
+    return (bias.to(dtype) + chosen + poison - target.to(dtype).unsqueeze(1)).square().mean((0, 2))
 
 
 def _weighted_mean(squares, sample_weight):

@@ -270,7 +270,7 @@ class SegmentSum:
         out: ``[F, D]``, for the sums; or None.
         vals_grad: ``[B, K]`` or ``[P]``, for ``scale * <weight[feature], rows[pair]>``; or None.
         weight: ``[F, D]``, read for vals_grad alone.
-        part_columns: the columns that arrive at a time: all of them, or a power of two.
+        part_columns: the columns that arrive at a time, or that a program takes at most: all, or a power of two.
     """
 
     def __init__(
@@ -299,9 +299,9 @@ class SegmentSum:
             self._dots = scale.new_empty(cdiv(D, self._block_d), P)
 
     def add(self, rows: torch.Tensor, first_column: int = 0) -> None:
-        """Take the columns of ``rows`` as those from ``first_column`` on. ``rows`` are ``[B, part_columns]``, one for
-        each sample, or if the pairs have no samples ``[P, part_columns]``, one for each pair in the order. Columns have
-        unit stride; those beyond D are not read."""
+        """Take the columns of ``rows`` as those from ``first_column`` on. ``rows`` are ``[N, columns]``, of which a
+        pair takes row ``samples[p]``, or if the pairs have no samples ``[P, columns]``, one for each pair in the order.
+        Columns have unit stride; those beyond D are not read."""
         pairs, columns = self._pairs, min(rows.shape[1], self._D - first_column)
         P, F = pairs.order.numel(), pairs.segments.shape[0]
         _segment_sum_kernel[(2 * self._chunks + F, cdiv(columns, self._block_d))](
