@@ -125,8 +125,7 @@ def training() -> list[Case]:
 
 
 def decode() -> list[Case]:
-    """The decode of fixed and ragged rows with its gradients, beside the TopK loss and other ways to compute it. torch
-    has no bfloat16 backward pass for embedding_bag and none for torch.sparse."""
+    """The decode of fixed and ragged rows with its gradients, beside the TopK loss and other ways to compute it."""
     cases = []
     for shape in (Shape(4096, 32, 24576, 768), Shape(4096, 64, 65536, 2304)):
         for dtype in ("float32", "bfloat16"):

@@ -130,9 +130,7 @@ def check_decode_inputs(
     optional = {"bias": bias, "offsets": offsets}
     given = {name: tensor for name, tensor in optional.items() if tensor is not None}
     _check_tensors({"indices": indices, "weight": weight, "vals": vals, **given}, "pass its .weight.t()")
-    if weight.dim() != 2 or weight.numel() == 0:
-        raise ValueError(f"weight must have shape [F, D] with F >= 1 and D >= 1, got {tuple(weight.shape)}")
-    F, D = weight.shape
+    F, D = _checked_shape(weight)
     if offsets is None and indices.dim() != 2:
         hint = ": flatten leading dimensions" if indices.dim() > 2 else ""
         raise ValueError(f"indices must have shape [B, K], got {tuple(indices.shape)}{hint}")
@@ -157,9 +155,7 @@ def _check_encoder(x, weight, bias, **others):
     """x, weight and bias, and of the others all but their shapes."""
     tensors = {"x": x, "weight": weight} if bias is None else {"x": x, "weight": weight, "bias": bias}
     _check_tensors({**tensors, **others}, "pass its .weight")
-    if weight.dim() != 2 or weight.numel() == 0:
-        raise ValueError(f"weight must have shape [F, D] with F >= 1 and D >= 1, got {tuple(weight.shape)}")
-    F, D = weight.shape
+    F, D = _checked_shape(weight)
     if x.dim() != 2 or x.shape[1] != D:
         hint = ": flatten leading dimensions" if x.dim() > 2 else ""
         if x.dim() == 2 and x.shape[1] == F:
@@ -167,6 +163,13 @@ def _check_encoder(x, weight, bias, **others):
         raise ValueError(f"x must have shape [B, D] = (B, {D}), got {tuple(x.shape)}{hint}")
     if bias is not None and bias.shape != (F,):
         raise ValueError(f"bias must have shape [F] = {(F,)}, got {tuple(bias.shape)}")
+
+
+def _checked_shape(weight):
+    """F and D."""
+    if weight.dim() != 2 or weight.numel() == 0:
+        raise ValueError(f"weight must have shape [F, D] with F >= 1 and D >= 1, got {tuple(weight.shape)}")
+    return weight.shape
 
 
 def _check_tensors(tensors, hint=""):
