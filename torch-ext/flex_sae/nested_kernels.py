@@ -14,6 +14,8 @@ The forward pass keeps the e_l. Between two ends T is constant, so d weight is t
 with L rows a sample.
 """
 
+from typing import Optional
+
 import torch
 import triton
 import triton.language as tl
@@ -23,19 +25,17 @@ from .checks import check_nested_inputs
 from .column_sum import sum_columns
 from .dispatch import compute_dtype, device_of, needs_gradients, refuse_second_derivative, runs_triton
 from .launch import cached_launch
-from .ordering import order_pairs
+from .ordering import OrderedPairs, order_pairs
 from .reference import unchecked_nested_sae_loss
 from .segment_sum import SegmentSum
 from .tiles import cdiv, gather_columns, load_pairs, next_power_of_2, row_alignment, sample_tile, unit_stride_rows
 
 # Steps of a forward tile, as of TopK
 _FORWARD_BLOCK_K = 32
-# Bytes of a row of sums that a program takes where samples have several rows, half of what it takes for one: more rows
-# stay in the L2 cache. On an H100 (B=4096, K=64, F=65536, D=2304) a step takes 1.41 ms with 1024 bytes and 1.54 with
-# 2048 for L=5, 1.97 and 2.09 for L=10.
-_SUM_ROW_BYTES = 1024
-# Elements of a program, four warps, that adds up levels. Others were not tried.
-_SUFFIX_BLOCK = 1024
+# Bytes of a row of T that are summed at a time, so that the [L * B, columns] of a part can stay in the L2 cache.
+_PART_BYTES = 1024
+# Samples of a program, four warps, that adds up levels
+_SUFFIX_BLOCK_B = 4
 
 
 @cached_launch
@@ -132,24 +132,32 @@ def _level_rows_kernel(
 
 
 @cached_launch
-@triton.jit(do_not_specialize=["N", "L"])
+@triton.jit(do_not_specialize=["B", "L"])
 def _suffix_sums_kernel(
-    suffixes_ptr,  # [L, N], sum_{m >= l} scales[m] * residuals[m]
-    residuals_ptr,  # [L, N]
-    scales_ptr,  # [L]
-    N,
+    suffixes_ptr,  # [L * B, columns], T_l from first_col on; or None
+    first_suffix_ptr,  # [B, D], T_0
+    residuals_ptr,  # [L, B, D], e_l
+    scales_ptr,  # [L], 2 g_l / (B D)
+    B,
     L,
-    BLOCK_N: tl.constexpr,
+    first_col,
+    D: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
-    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    exists = n < N
-    total = tl.zeros([BLOCK_N], residuals_ptr.dtype.element_ty)
-    scales_ptr += L
-    for level in range(1, L + 1):  # from the last one
-        row = (L - level).to(tl.int64) * N
-        scales_ptr -= 1
-        total += tl.load(scales_ptr) * tl.load(residuals_ptr + row + n, mask=exists, other=0.0)
-        tl.store(suffixes_ptr + row + n, total, mask=exists)
+    b = (tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B))[:, None]
+    place = (tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D))[None, :]
+    cols = first_col + place
+    exists = (b < B) & (cols < D) & (place < COLUMNS)
+    total = tl.zeros([BLOCK_B, BLOCK_D], residuals_ptr.dtype.element_ty)
+    for behind in range(L):
+        level = L - 1 - behind
+        row = level.to(tl.int64) * B + b
+        total += tl.load(scales_ptr + level) * tl.load(residuals_ptr + row * D + cols, mask=exists, other=0.0)
+        if suffixes_ptr is not None:
+            tl.store(suffixes_ptr + row * COLUMNS + place, total, mask=exists)
+    tl.store(first_suffix_ptr + b * D + cols, total, mask=exists)
 
 
 def _nested_forward(
@@ -196,6 +204,50 @@ def _nested_forward(
     return shares.sum(1), residuals
 
 
+def _order_levels(
+    indices: torch.Tensor,  # [B, K]
+    vals: torch.Tensor,  # [B, K]
+    ends: torch.Tensor,  # [L], or [B, L]
+    L: int,
+    F: int,
+    dtype: torch.dtype,
+) -> tuple[OrderedPairs, torch.Tensor]:
+    """The pairs ordered by feature, each with its row of T [L * B, D]; and the steps behind the last end, [K] or
+    [B, K], which belong to no level and count nothing, whatever they hold."""
+    B, K = indices.shape
+    rows = torch.empty_like(indices, dtype=torch.int32)
+    _level_rows_kernel[(B,)](rows, ends, L if ends.dim() == 2 else 0, B, K, L, BLOCK_K=_FORWARD_BLOCK_K, num_warps=1)
+    outside = torch.arange(K, device=ends.device) >= ends[..., -1:]
+    indices, vals = indices.masked_fill(outside, 0), vals.masked_fill(outside, 0)
+    return order_pairs(indices, vals, F, dtype, pair_samples=rows), outside
+
+
+def _suffix_sums(
+    suffixes: Optional[torch.Tensor],  # [L * B, columns]
+    first_suffix: torch.Tensor,  # [B, D]
+    residuals: torch.Tensor,  # [L, B, D]
+    scales: torch.Tensor,  # [L]
+    first_column: int = 0,
+) -> None:
+    """Write the T_l of some columns to ``suffixes``, and those of T_0; without ``suffixes`` all of T_0."""
+    L, B, D = residuals.shape
+    columns = D if suffixes is None else suffixes.shape[1]
+    block_d = min(_PART_BYTES // scales.itemsize, next_power_of_2(D))
+    _suffix_sums_kernel[(cdiv(B, _SUFFIX_BLOCK_B), cdiv(columns, block_d))](
+        suffixes,
+        first_suffix,
+        residuals,
+        scales,
+        B,
+        L,
+        first_column,
+        D=D,
+        COLUMNS=columns,
+        BLOCK_B=_SUFFIX_BLOCK_B,
+        BLOCK_D=block_d,
+    )
+
+
 def _nested_backward(
     losses_grad: torch.Tensor,  # [L]
     residuals: torch.Tensor,  # [L, B, D], e_l
@@ -218,35 +270,31 @@ def _nested_backward(
     vals_grad = vals.new_empty(vals.shape if needs_vals else 0)
     bias_grad = weight.new_empty(0, dtype=bias_dtype)
     target_grad = weight.new_empty(0, dtype=target_dtype)
-    scales = losses_grad * (2 / (B * D))
+    scales = (losses_grad * (2 / (B * D))).contiguous()
+    # Without levels to add up T_0 is left unscaled.
+    first_suffix, scale = (residuals[0], scales[0]) if L == 1 else (residuals.new_empty(B, D), scales.new_ones(()))
     with device_of(weight):
-        if L == 1:
-            suffixes, scale = residuals, scales[0]
-        else:
-            suffixes, scale = torch.empty_like(residuals), scales.new_ones(())
-            _suffix_sums_kernel[(cdiv(B * D, _SUFFIX_BLOCK),)](
-                suffixes, residuals, scales.contiguous(), B * D, L, BLOCK_N=_SUFFIX_BLOCK
-            )
-        if needs_bias:
-            bias_grad = sum_columns(suffixes[0], scale).to(bias_dtype)
         if needs_weight or needs_vals:
-            rows = torch.empty_like(indices, dtype=torch.int32)
-            _level_rows_kernel[(B,)](
-                rows, ends, L if ends.dim() == 2 else 0, B, indices.shape[1], L, BLOCK_K=_FORWARD_BLOCK_K, num_warps=1
-            )
-            # Steps behind the last end belong to no level, whatever they hold.
-            outside = torch.arange(vals.shape[1], device=ends.device) >= ends[..., -1:]
-            indices, vals = indices.masked_fill(outside, 0), vals.masked_fill(outside, 0)
-            pairs = order_pairs(indices, vals, F, dtype, pair_samples=rows)
+            pairs, outside = _order_levels(indices, vals, ends, L, F, dtype)
             out, dots = weight_grad if needs_weight else None, vals_grad if needs_vals else None
-            columns = None if L == 1 else min(_SUM_ROW_BYTES // scale.itemsize, next_power_of_2(D))
-            sums = SegmentSum(pairs, scale, D, out, dots, weight, part_columns=columns)
-            sums.add(suffixes.view(L * B, D))
+            columns = min(_PART_BYTES // scale.itemsize, next_power_of_2(D))
+            sums = SegmentSum(pairs, scale, D, out, dots, weight, part_columns=None if L == 1 else columns)
+            if L == 1:
+                sums.add(first_suffix)
+            else:
+                suffixes = residuals.new_empty(L * B, columns)
+                for first_column in range(0, D, columns):
+                    _suffix_sums(suffixes, first_suffix, residuals, scales, first_column)
+                    sums.add(suffixes, first_column)
             sums.finish()
             if needs_vals:
                 vals_grad.masked_fill_(outside, 0)
+        elif L > 1:
+            _suffix_sums(None, first_suffix, residuals, scales)
+        if needs_bias:
+            bias_grad = sum_columns(first_suffix, scale).to(bias_dtype)
         if needs_target:
-            target_grad = (suffixes[0] * -scale).to(target_dtype)
+            target_grad = (first_suffix * -scale).to(target_dtype)
     return weight_grad, vals_grad, bias_grad, target_grad
 
 
@@ -338,8 +386,8 @@ def triton_nested_sae_loss(
     Returns:
         ``[L]`` float32 (float64 if any input is), differentiable once in weight, vals, bias and target. What stands
         behind a sample's last end is ignored, with a gradient of zero. The same inputs give the same bits. It keeps
-        ``[L, B, D]`` numbers for the backward pass, which takes as many again where L > 1. Tensors on a CPU go to
-        `nested_sae_loss`.
+        ``[L, B, D]`` numbers for the backward pass, which takes ``[B, D]`` and ``[L, B, 256]`` more where L > 1.
+        Tensors on a CPU go to `nested_sae_loss`.
 
     Raises:
         TypeError: an argument is no tensor or has another dtype.
