@@ -201,7 +201,8 @@ def auxk(case: Case, made: TrainingInputs, package: ModuleType) -> dict:
     _, weight, encoder_bias, decoder, bias = made.sets[0]
     gradients = [leaf.grad for leaf in made.leaves]
     encoder = SimpleNamespace(weight=weight, bias=encoder_bias)
-    centred = [arguments.x - bias.detach() for arguments in made.sets]
+    targets = [arguments.x[: B // 4] for arguments in made.sets]
+    centred = [target - bias.detach() for target in targets]
     indices = torch.randint(F, (B, K), device=inputs.DEVICE)
     vals = torch.randn(B, K, device=inputs.DEVICE)
     last_fired = torch.zeros(F, dtype=torch.long, device=inputs.DEVICE)
@@ -214,6 +215,6 @@ def auxk(case: Case, made: TrainingInputs, package: ModuleType) -> dict:
         for leaf, gradient in zip(made.leaves, gradients, strict=True):
             leaf.grad = gradient
         with autocast(case):
-            names["auxk_backward"](centred[i], made.sets[i].x, encoder, decoder, dead, D // 2, scale=1 / 32)
+            names["auxk_backward"](centred[i], targets[i], encoder, decoder, dead, D // 2, scale=1 / 32)
 
     return {"last_fired": update_last_fired, "AuxK": step}

@@ -12,7 +12,7 @@ SECTION = re.search(r"^## Dead features: AuxK\n(.*?)(?=^## |\Z)", DOCUMENT, re.M
 FUNCTION, LOOP = re.findall(r"^```python\n(.*?)^```", SECTION, re.MULTILINE | re.DOTALL)
 
 B, D, F, K = 8, 12, 40, 4
-AUX_K = D // 2
+AUX_K, AUX_B = D // 2, B // 4  # of AuxK
 STEP = 10_000_000  # later than any feature may stay silent, and one at which `dead` is refreshed
 STRONG = 0  # always fires
 SILENT = F - 1  # its pre-activations are all negative
@@ -89,9 +89,9 @@ def dense_step(parameters, old, scale):
     is_dead &= ~(codes > 0).any(0)
     aux_loss = 0
     if is_dead.any():
-        pre = (x - bias).detach() @ weight.T + encoder_bias
+        pre = (x - bias)[:AUX_B].detach() @ weight.T + encoder_bias
         aux_codes = keep_topk(pre.masked_fill(~is_dead, -torch.inf), AUX_K)
-        aux_loss = (aux_codes @ decoder - (x - recon).detach()).square().mean()
+        aux_loss = (aux_codes @ decoder - (x - recon)[:AUX_B].detach()).square().mean()
     gradients = torch.autograd.grad(loss + scale * aux_loss, (weight, encoder_bias, decoder, bias))
     return loss.detach(), torch.as_tensor(aux_loss).detach(), gradients, is_dead.nonzero().squeeze(1).tolist()
 
