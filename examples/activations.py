@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 from concurrent.futures import CancelledError, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -371,7 +372,7 @@ class ModelActivations(Pools):
     @torch.no_grad()
     def _read(self, blocks):
         self._model(self._contexts[blocks].to(self._device, torch.long))
-        return self._output[:, self._positions].flatten(0, 1)
+        return self._output[:, self._positions.start : self._positions.stop].flatten(0, 1)
 
     def _origin(self, block, row):
         return f"the model's activations of context {block}, token {self._positions[row]}"
@@ -380,20 +381,28 @@ class ModelActivations(Pools):
 def tokenize(tokenizer, text, context):
     """The contexts ``[contexts, context]`` of text files, int32, and the positions of tokens that are not special."""
     separator = tokenizer.eos_token or tokenizer.sep_token or "\n\n"  # between the texts of a .jsonl file
-    options = {"truncation": True, "return_overflowing_tokens": True, "return_special_tokens_mask": True}
-    contexts, masks = [], []
+    encoded = tokenizer("a", return_special_tokens_mask=True)
+    special, mask = torch.tensor(encoded["input_ids"], dtype=torch.int32), encoded["special_tokens_mask"]
+    before, behind = mask.index(0), mask[::-1].index(0)
+    n = context - before - behind
+    if n < 1:
+        raise ValueError(f"a context of {context} tokens has no room beside {before + behind} special ones")
+    contexts = []
     for file in [text] if isinstance(text, str | Path) else text:
         try:
             with open(file, encoding="utf-8") as lines:
-                while piece := lines.readlines(2**20):
+                pieces = iter(partial(lines.readlines, 2**16), [])
+                while texts := list(itertools.islice(pieces, 64)):  # tokenized in parallel
                     if str(file).endswith(".jsonl"):
-                        piece = separator.join(json.loads(line)["text"] for line in piece)
-                    encoded = tokenizer("".join(piece), max_length=context, **options)
-                    whole = [ids for ids in encoded["input_ids"] if len(ids) == context]
-                    contexts.append(torch.tensor(whole, dtype=torch.int32).view(-1, context))
-                    masks += encoded["special_tokens_mask"][:1] if whole else []
+                        texts = [[json.loads(line)["text"] + separator for line in piece] for piece in texts]
+                    encoded = tokenizer(["".join(piece) for piece in texts], add_special_tokens=False, verbose=False)
+                    ids = list(itertools.chain.from_iterable(encoded["input_ids"]))
+                    tokens = torch.tensor(ids[: len(ids) // n * n], dtype=torch.int32).view(-1, n)
+                    ends = special[:before], special[len(special) - behind :]
+                    first, last = (end.expand(len(tokens), -1) for end in ends)
+                    contexts.append(torch.cat([first, tokens, last], dim=1))
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise ValueError(f"{file}: cannot be read as text: {error!r}") from error
-    if not masks:
+    if not sum(map(len, contexts)):
         raise ValueError(f"the text is shorter than a context of {context} tokens")
-    return torch.cat(contexts), [position for position, special in enumerate(masks[0]) if not special]
+    return torch.cat(contexts), range(before, before + n)

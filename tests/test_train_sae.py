@@ -114,7 +114,8 @@ def metrics(out: Path) -> list[dict]:
 
 def start_process(*command: str | Path, **env: str) -> subprocess.Popen:
     """Python, as a user would start it."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parent), **env}
+    path = os.pathsep.join([str(SCRIPT.parent), os.environ.get("PYTHONPATH", "")])
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **env}
     env.pop("TRITON_INTERPRET", None)
     return subprocess.Popen([sys.executable, *command], env=env, stderr=subprocess.PIPE, text=True)
 
