@@ -2,7 +2,7 @@
 # requires-python = ">=3.11"
 # dependencies = ["tabulate", "matplotlib"]
 # ///
-"""Write the tables of README.md and docs/*.md, and the plot, from the results that benchmarks/run.py left.
+"""Write the tables of README.md and docs/*.md, and the plots, from the results that run.py and budgets.py left.
 
     python benchmarks/report.py [--check] [DOCUMENT ...]
 
@@ -10,6 +10,7 @@ A table stands between <!-- table:NAME --> and <!-- /table -->, where NAME is a 
 """
 
 import argparse
+import contextlib
 import re
 import sys
 from pathlib import Path
@@ -262,14 +263,34 @@ def memory(results: list[dict]) -> str:
     )
 
 
+def budgets(results: list[dict]) -> str:
+    """Explained variance at each k; how many of the true features were found, where these are known."""
+    found = {}
+    for r in results:
+        found.setdefault((r["data"], r["row"]), set()).add(r["recovered"])
+
+    def recovered(record):
+        shares = found[record["data"], record["row"]]
+        if None in shares:
+            return "unknown"
+        return " to ".join(f"{share:.0%}" for share in sorted({min(shares), max(shares)}))
+
+    return pivot(
+        results,
+        lambda r: {"data": r["data"], "SAE": r["row"], "true features found": recovered(r)},
+        lambda r: {f"k = {r['k']}": f"{r['explained_variance']:.3f}"},
+    )
+
+
 OF_TRAINING = (headline, training, training_topk, training_parts, training_graph, training_defaults, encoder, auxk)
-TABLES = {table.__name__: table for table in (*OF_TRAINING, decode, nested, decoder_step, losses, sizes, small, memory)}
+OTHERS = (decode, nested, decoder_step, losses, sizes, small, memory, budgets)
+TABLES = {table.__name__: table for table in (*OF_TRAINING, *OTHERS)}
 # Of the tables whose suite has another name
 SUITES = {**{table.__name__: "training" for table in OF_TRAINING}, "memory": "losses"}
 
 
 class Results:
-    """The suites that a report uses, read once; they must be of one commit and one GPU."""
+    """The suites that a report uses, read once. Those with times must be of one commit and one GPU."""
 
     def __init__(self, folder: Path):
         self.folder, self.suites = folder, {}
@@ -278,14 +299,16 @@ class Results:
         if name not in self.suites:
             path = self.folder / f"{name}.jsonl"
             if not path.is_file():
-                raise ReportError(f"{path.name} is missing: run `python benchmarks/run.py --suite {name}` on a GPU.")
+                command = "budgets.py" if name == "budgets" else f"run.py --suite {name}"
+                raise ReportError(f"{path.name} is missing: run `python benchmarks/{command}` on a GPU.")
             about, lines = records.load(path)
-            for other, (known, _) in self.suites.items():
+            timed = [other for other in self.suites if other != "budgets" != name]
+            for other in timed:
                 for key in ("commit", "gpu"):
-                    if known[key] != about[key]:
+                    if self.suites[other][0][key] != about[key]:
                         raise ReportError(
-                            f"Results of different runs do not mix: {key} is {known[key]} in {other}.jsonl "
-                            f"and {about[key]} in {path.name}; run both suites again."
+                            f"Results of different runs do not mix: {key} is {self.suites[other][0][key]} in "
+                            f"{other}.jsonl and {about[key]} in {path.name}; run both suites again."
                         )
             self.suites[name] = about, lines
         return self.suites[name]
@@ -312,23 +335,33 @@ def fill(text: str, results: Results) -> str:
     return MARKED.sub(marked, text)
 
 
+# Mid-tones, readable on white and on GitHub's dark background alike.
+INK, COLOURS = "#767d86", ("#2f81f7", "#7aa63c", "#c9601c", "#a371c7")
+
+
+@contextlib.contextmanager
+def drawing(path: Path):
+    """A figure that is written to path at the end."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    inked = ("text.color", "axes.labelcolor", "axes.edgecolor", "axes.titlecolor", "xtick.color", "ytick.color")
+    # The salt makes the same file of the same results.
+    style = {"svg.hashsalt": "flex_sae", "font.size": 9, "legend.frameon": False, **dict.fromkeys(inked, INK)}
+    with matplotlib.rc_context(style):
+        figure = Figure(layout="constrained")
+        yield figure
+        figure.savefig(path, transparent=True, metadata={"Date": None, "Creator": None})
+
+
 def plot(results: Results, path: Path) -> None:
     """Time and peak memory of a training step with the hierarchical loss, at each shape."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    import matplotlib.pyplot as plt
-
     chosen = training_step(results.suite("training")[1], "hierarchical")
     shapes = sorted({tuple(shape_of(r).values()) for r in chosen}, key=lambda shape: shape[2])
     precisions, rows = (list(dict.fromkeys(r[key] for r in chosen)) for key in ("precision", "row"))
-    # Mid-tones, readable on white and on GitHub's dark background alike.
-    ink, colours = "#767d86", ("#2f81f7", "#7aa63c", "#c9601c", "#a371c7")
-    inked = ("text.color", "axes.labelcolor", "axes.edgecolor", "axes.titlecolor", "xtick.color", "ytick.color")
-    # The salt makes the same file of the same results.
-    style = {"svg.hashsalt": "flex_sae", "font.size": 9, "legend.frameon": False, **dict.fromkeys(inked, ink)}
-    with plt.rc_context(style):
-        figure, grid = plt.subplots(2, len(shapes), figsize=(8, 4.8), sharex=True, layout="constrained")
+    with drawing(path) as figure:
+        figure.set_size_inches(8, 4.8)
+        grid = figure.subplots(2, len(shapes), sharex=True)
         for line, (key, label) in zip(grid, (("ms", "time (ms)"), ("total_gib", "peak memory (GiB)")), strict=True):
             line[0].set_ylabel(label)
             for axes, shape in zip(line, shapes, strict=True):
@@ -337,7 +370,7 @@ def plot(results: Results, path: Path) -> None:
                         continue
                     row, ok = rows.index(record["row"]), record["status"] == "ok"
                     place = precisions.index(record["precision"]) + (row - (len(rows) - 1) / 2) * 0.2
-                    axes.bar(place, record[key] if ok else 0, 0.18, color=colours[row], label=record["row"])
+                    axes.bar(place, record[key] if ok else 0, 0.18, color=COLOURS[row], label=record["row"])
                     if not ok:
                         axes.text(place, 0, f" {record['status']}", rotation=90, ha="center", va="bottom", fontsize=7)
                 axes.set(ylim=(0, None), xticks=range(len(precisions)), xticklabels=precisions)
@@ -348,12 +381,31 @@ def plot(results: Results, path: Path) -> None:
             axes.set_title(f"B={B} K={K}\nF={F} D={D}")
         handles = dict(zip(*grid[0, 0].get_legend_handles_labels()[::-1], strict=True))
         figure.legend(handles.values(), handles, loc="outside lower center", ncols=len(rows))
-        figure.savefig(path, transparent=True, metadata={"Date": None, "Creator": None})
-        plt.close(figure)
+
+
+def plot_budgets(results: Results, path: Path) -> None:
+    """Explained variance over k, of each data and SAE."""
+    lines = results.suite("budgets")[1]
+    rows, datas = (list(dict.fromkeys(r[key] for r in lines)) for key in ("row", "data"))
+    with drawing(path) as figure:
+        figure.set_size_inches(8, 3.4)
+        for axes, data in zip(figure.subplots(1, len(datas), squeeze=False)[0], datas, strict=True):
+            chosen = [r for r in lines if r["data"] == data]
+            ks = sorted({r["k"] for r in chosen})
+            for row, colour, marker in zip(rows, COLOURS, "os^", strict=False):
+                heights = [r["explained_variance"] for k in ks for r in chosen if (r["row"], r["k"]) == (row, k)]
+                axes.plot(ks, heights, color=colour, marker=marker, markersize=4, label=row)
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(ks, map(str, ks))
+            axes.set(title=data, xlabel="active features k")
+            axes.grid(alpha=0.3)
+            axes.spines[["top", "right"]].set_visible(False)
+        figure.axes[0].set_ylabel("explained variance, held-out")
+        figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(rows))
 
 
 def report(documents: list[Path], folder: Path, check: bool) -> list[Path]:
-    """Write the tables and the plot, or only check the tables; returns the documents that differed."""
+    """Write the tables and the plots, or only check the tables; returns the documents that differed."""
     results, changed = Results(folder), {}
     for document in documents:
         text = document.read_text()
@@ -365,13 +417,15 @@ def report(documents: list[Path], folder: Path, check: bool) -> list[Path]:
             changed[document] = filled
     if not check:
         plot(results, folder / "training.svg")
+        if (folder / "budgets.jsonl").exists():
+            plot_budgets(results, folder / "budgets.svg")
         for document, filled in changed.items():
             document.write_text(filled)
     return list(changed)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write the tables of the documents and the plot from the results.")
+    parser = argparse.ArgumentParser(description="Write the tables of the documents and the plots from the results.")
     documents = [records.ROOT / "README.md", *sorted((records.ROOT / "docs").glob("*.md"))]
     parser.add_argument("documents", nargs="*", type=Path, default=documents, help="default: README.md and docs/*.md")
     parser.add_argument("--results", type=Path, default=records.RESULTS, metavar="FOLDER", help="of the results files")

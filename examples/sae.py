@@ -139,10 +139,10 @@ class SAE(nn.Module):
         return self.fit_capacity()
 
     def fit_capacity(self) -> int:
-        """The number of dead features. AuxK's matrices get a power of two of rows, so that CUDA graphs are few."""
+        """The number of dead features. AuxK's list has room for up to a quarter more, so that CUDA graphs are few."""
         n = int((self.dead >= 0).sum())
-        wanted = n > 0 and self.auxk_coefficient > 0
-        self.capacity = min(max(64, 1 << (n - 1).bit_length()), len(self.dead)) if wanted else 0
+        grain = max(64, 1 << n.bit_length() >> 3)
+        self.capacity = min(-(-n // grain) * grain, len(self.dead)) if self.auxk_coefficient > 0 else 0
         return n
 
 

@@ -14,6 +14,7 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
+import budgets
 import cases
 import inputs
 import measure
@@ -333,6 +334,20 @@ def write_results(folder, suite, **about):
     records.append(folder / f"{suite}.jsonl", lines)
 
 
+def write_budgets(folder, **about):
+    """Made-up results of budgets.py: what it makes of the runs of two comparisons."""
+    lines = [{"command": "budgets", "gpu": "Some GPU", "torch": "2", "triton": "3", "commit": "abc", **about}]
+    for data, recovered in (("synthetic", 0.5), ("activations", None)):
+        for name in ("hierarchical", "topk-8", "topk-16"):
+            out = folder / data / name
+            out.mkdir(parents=True)
+            found = {} if recovered is None else {"recovered": recovered + (name == "topk-8") / 4}
+            explained = {"8": 0.25 if name == "topk-16" else 0.75, "16": 0.875}
+            (out / "results.json").write_text(json.dumps({"explained_variance": explained, "dead": 0, **found}))
+        lines += [{"data": data, **record} for record in budgets.curves(folder / data)]
+    records.append(folder / "budgets.jsonl", lines)
+
+
 def marked(name):
     return f"before\n<!-- table:{name} -->\nstale\n<!-- /table -->\nafter\n"
 
@@ -354,25 +369,38 @@ CELLS = {
     "memory": ["4096", "131072", "0.50 GiB"],
     "decode": ["flex_sae, TopK loss", "flex_sae, Zipf rows", "torch.sparse", "2.00 ms, 0.50 GiB", "10.0 ms, 2.50 GiB"],
     "nested": ["HierarchicalTopK", "5 masked decodes", "10.0 ms (5.00x), 2.50 GiB", "2.00 ms, 0.50 GiB"],
+    "budgets": ["TopK, an SAE for each k", "50% to 75%", "50%", "unknown", "0.250", "0.750", "0.875"],
     "auxk": ["24576", "autocast", "10.0 ms (500%)", "10.0 ms (1000%)"],
 }
 
 
-def test_a_report_has_the_tables_and_the_plot(tmp_path):
+def test_a_report_has_the_tables_and_the_plots(tmp_path):
     for suite in cases.SUITES:
         write_results(tmp_path, suite)
+    write_budgets(tmp_path, commit="def")  # no times: of whatever commit
     code, printed, text = report(tmp_path, "".join(map(marked, CELLS)))
     assert (code, printed) == (0, "")
     assert "stale" not in text and text.startswith("before\n") and text.endswith("after\n")
-    assert text.count("<sub>`run` on Some GPU, torch 2, triton 3, commit abc</sub>") == len(CELLS)
+    assert text.count("<sub>`run` on Some GPU, torch 2, triton 3, commit abc</sub>") == len(CELLS) - 1
+    assert text.count("<sub>`budgets` on Some GPU, torch 2, triton 3, commit def</sub>") == 1
     tables = {name: text.split(f"<!-- table:{name} -->")[1].split("<sub>")[0] for name in CELLS}
     for name, cells in CELLS.items():
         assert all(f"| {cell} " in tables[name] for cell in cells), tables[name]
     lines = {"training": 6, "training_parts": 12, "training_graph": 12, "training_defaults": 4, "encoder": 6}
-    for name, count in {**lines, "auxk": 6, "decode": 8, "nested": 7, "decoder_step": 6, "memory": 3}.items():
+    for name, count in {
+        **lines,
+        "auxk": 6,
+        "decode": 8,
+        "nested": 7,
+        "budgets": 6,
+        "decoder_step": 6,
+        "memory": 3,
+    }.items():
         assert tables[name].count("\n|") == 2 + count, tables[name]
     drawn = (tmp_path / "training.svg").read_text()
     assert "<!-- peak memory (GiB) -->" in drawn and drawn.count("out of memory") == 4
+    drawn = (tmp_path / "budgets.svg").read_text()
+    assert "<!-- explained variance, held-out -->" in drawn and "<!-- synthetic -->" in drawn
     assert report(tmp_path, text, "--check") == (0, "", text)
     code, printed, _ = report(tmp_path, text.replace("2.50 ms", "2.49 ms", 1), "--check")
     assert (code, printed) == (1, "Not the tables of the results: README.md.\n")
