@@ -5,8 +5,10 @@ import json
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import linear, mse_loss, normalize
 
 AUXK_SHARE = 4  # AuxK sees one in four samples: rows are shuffled, so that its gradient stays unbiased
@@ -114,7 +116,8 @@ class SAE(nn.Module):
         self.bias.copy_(mean * self.scale)
 
     def forward(self, x):
-        """x [B, D] to the loss, and [loss, mean squared error, variance] without gradients."""
+        """x [B, D] to the loss, and without gradients [3 + D]: the loss, the mean squared error of all K features, and
+        the mean square and the mean [D] of x without the pre-bias."""
         self.step += 1
         x = x.float() * self.scale
         centred = x - self.bias
@@ -128,8 +131,8 @@ class SAE(nn.Module):
                 auxk.fill(centred.detach()[some], x[some] - recon[some], self.auxk_coefficient)
             is_broken = ~torch.stack([x.isfinite().all(), loss.isfinite()])
             self.broken.copy_(torch.where((self.broken == 0) & is_broken, self.step, self.broken))
-            stats = torch.stack([loss.detach().float(), error, x.var(dim=0, correction=0).mean()])
-        return loss, stats
+            statistics = torch.stack([loss.detach().float(), error, centred.square().mean()])
+            return loss, torch.cat([statistics, centred.mean(0)])
 
     @torch.no_grad()
     def refresh_dead(self, dead_after: float) -> int:
@@ -168,6 +171,20 @@ def make_loss(options: argparse.Namespace, flex, device: torch.device):
     return loss_and_recon
 
 
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's rows of a tensor that FSDP2 shards, or the tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def remove_parallel(grad: torch.Tensor, weight: torch.Tensor) -> None:
+    """Subtract from each row of grad [F, D] its part along the unit row of weight: a step keeps the length."""
+    grad.addcmul_((grad * weight).sum(1, keepdim=True), weight, value=-1)
+
+
+def normalize_rows(weight: torch.Tensor) -> None:
+    weight.div_(torch.linalg.vector_norm(weight, dim=1, keepdim=True))
+
+
 @torch.no_grad()
 def export(sae: SAE, folder: Path) -> None:
     """Write what `SAE.load_from_disk` of sae-lens loads. As rows keep their length 1, only biases need the scale."""
@@ -192,5 +209,9 @@ def export(sae: SAE, folder: Path) -> None:
         "reshape_activations": "none",
         "metadata": {},
     }
-    save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, folder / "sae_weights.safetensors")
+    file = folder / "sae_weights.safetensors"
+    try:
+        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, file)
+    except SafetensorError as error:
+        raise OSError(f"{file}: cannot be written: {error}") from None
     (folder / "cfg.json").write_text(json.dumps(config, indent=2))

@@ -34,7 +34,7 @@ import torch.distributed.checkpoint as dcp
 from activations import ModelActivations, Shards, Synthetic
 from kernels import get_kernel
 from matplotlib.figure import Figure
-from sae import SAE, export
+from sae import AUXK_SHARE, SAE, export, local, normalize_rows, remove_parallel
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -43,7 +43,6 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -58,6 +57,7 @@ WARM_UP_STEPS = 3  # before a CUDA graph is captured
 HELD_OUT_BATCHES = 4
 COMPARED_BUDGETS = (8, 16, 32, 64, 128) if CUDA else (4, 8)
 RECOVERED = 0.9  # cosine of a true feature and a decoder row
+OUT_OF_MEMORY = "out of memory: choose a smaller -B or -F"
 # Options that may differ when a run is resumed
 MAY_CHANGE = ["out", "resume", "checkpoint_every", "no_graph", "fsdp", "compare", "export", "save_activations"]
 
@@ -84,22 +84,8 @@ def merge_ranks(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's rows of a tensor that FSDP2 shards, or the tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def remove_parallel(grad: torch.Tensor, weight: torch.Tensor) -> None:
-    """Subtract from each row of grad [F, D] its part along the unit row of weight: a step keeps the length."""
-    grad.addcmul_((grad * weight).sum(1, keepdim=True), weight, value=-1)
-
-
-def normalize_rows(weight: torch.Tensor) -> None:
-    weight.div_(torch.linalg.vector_norm(weight, dim=1, keepdim=True))
-
-
 class Trainer:
-    """The training step: `trainer(x)` gives the stats of `SAE.forward`, on a GPU by replaying a CUDA graph.
+    """The training step: `trainer(x)` gives the statistics of `SAE.forward`, on a GPU by replaying a CUDA graph.
 
     There is a graph for each size of AuxK's list. The steps before it is captured, which a capture needs for compiling
     and loading kernels, are training steps like the others, so that a resumed run has no more and no fewer."""
@@ -137,21 +123,21 @@ class Trainer:
             ):
                 self.graphs[size] = graph, self.step(self.x)
         self.x.copy_(x)
-        graph, stats = self.graphs[size]
+        graph, statistics = self.graphs[size]
         graph.replay()
-        return stats
+        return statistics
 
     def step(self, x: torch.Tensor) -> torch.Tensor:
         self.optimizer.zero_grad()
         with torch.autocast(x.device.type, torch.bfloat16, self.options.precision == "bf16", cache_enabled=False):
-            loss, stats = self.model(x)
+            loss, statistics = self.model(x)
         loss.backward()
         weight = self.sae.decoder.weight
         with torch.no_grad():
             self.remove_parallel(local(weight.grad), local(weight))
             self.optimizer.step()
             self.normalize_rows(local(weight))
-        return stats
+        return statistics
 
     def check(self) -> None:
         """Raise TrainingError if data or loss have been non-finite. Waits for the GPU."""
@@ -174,13 +160,13 @@ class Trainer:
                 sync_folder(part)
                 part.rename(final)
                 sync_folder(folder)
-                for other in folder.iterdir():
-                    if other != final:
-                        shutil.rmtree(other)
         except (OSError, RuntimeError, CheckpointException) as error:
             shutil.rmtree(part, ignore_errors=True)
             kept = "no checkpoint of step {} could be written, the one before is kept: {}"
             raise TrainingError(kept.format(done, last_line(error))) from None
+        if RANK == 0:
+            for other in {*folder.glob("step-*")} - {final}:
+                shutil.rmtree(other, ignore_errors=True)
 
     def load(self, checkpoint: Path) -> None:
         model, optimizer = get_state_dict(self.model, self.optimizer)
@@ -205,7 +191,10 @@ def sync_folder(folder: Path) -> None:
 def write(path: Path, text: str) -> None:
     """Replace the file as a whole."""
     part = path.with_suffix(".part")
-    part.write_text(text)
+    with part.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     part.replace(path)
 
 
@@ -216,28 +205,36 @@ def plain(options: argparse.Namespace) -> dict:
 
 def open_run(options: argparse.Namespace) -> None:
     """Make OUT hold this run: a new one, or one of the same options that --resume continues."""
-    stored, now = options.out / "options.json", plain(options)
-    if stored.exists():
+    if newest_checkpoint(options)[1]:
         if not options.resume:
             raise ValueError(f"{options.out} holds a run: continue it with --resume, or choose another --out")
-        refuse_other_options(options.out, now, json.loads(stored.read_text()))
-    (options.out / "checkpoints").mkdir(parents=True, exist_ok=True)
-    for part in (options.out / "checkpoints").glob("*.part"):
-        shutil.rmtree(part)
-    write(stored, json.dumps(now, indent=2))
+        refuse_other_options(options)
+    if RANK == 0:  # what is wrong, all ranks have found
+        (options.out / "checkpoints").mkdir(parents=True, exist_ok=True)
+        for part in (options.out / "checkpoints").glob("*.part"):
+            shutil.rmtree(part)
+        write(options.out / "options.json", json.dumps(plain(options), indent=2))
+    if DISTRIBUTED:
+        dist.barrier()
 
 
-def refuse_other_options(out: Path, now: dict, before: dict) -> None:
-    for name, value in now.items():
+def refuse_other_options(options: argparse.Namespace) -> None:
+    """Raise ValueError unless these options can go on with what OUT holds."""
+    stored = options.out / "options.json"
+    try:
+        before = json.loads(stored.read_text())
+    except ValueError:
+        raise ValueError(f"{stored} is damaged") from None
+    for name, value in plain(options).items():
         if name not in MAY_CHANGE and value != before.get(name):
             dashes = "-" if len(name) == 1 else "--"
             option = f"{dashes}{name.replace('_', '-')}"
-            raise ValueError(f"{option} is {value}, but {before.get(name)} in the run that {out} holds")
+            raise ValueError(f"{option} is {value}, but {before.get(name)} in the run that {options.out} holds")
 
 
 def newest_checkpoint(options: argparse.Namespace) -> tuple[int, Path | None]:
     """Its step and folder; 0 and None if there is none."""
-    names = sorted(path for path in (options.out / "checkpoints").iterdir() if path.suffix != ".part")
+    names = sorted((options.out / "checkpoints").glob("step-????????"))
     return (int(names[-1].name.removeprefix("step-")), names[-1]) if names else (0, None)
 
 
@@ -255,12 +252,16 @@ def learning_rate(step: int, options: argparse.Namespace) -> float:
 
 
 class Stop:
-    """SIGINT or SIGTERM: `signal` is its number once all ranks know of it. A second one ends the process at once."""
+    """Within a `with`, SIGINT and SIGTERM wait until they are asked for: `signal` is the number once all ranks know of
+    it. A second one ends the process at once."""
 
-    def __init__(self):
+    def __enter__(self):
         self.signal = self._received = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._receive)
+        self._before = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def __exit__(self, *_):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _receive(self, number, frame):
         self._received = number
@@ -283,15 +284,17 @@ def train(trainer: Trainer, data, options: argparse.Namespace, done: int, stop: 
     n_dead, logged, logged_at = sae.fit_capacity(), done, time.perf_counter()
     with tqdm(total=options.steps, initial=done, unit="step", disable=RANK > 0) as bar:
         for step in range(done, options.steps):
-            stats = trainer(data.batch(step), learning_rate(step, options))
+            statistics = trainer(data.batch(step), learning_rate(step, options))
             done = step + 1
             bar.update()
             if done % REFRESH_EVERY == 0:
                 merge_ranks(sae.last_fired)
                 n_dead = sae.refresh_dead(dead_after)
             if done % LOG_EVERY == 0 or done == options.steps:
-                loss, error, variance = average(stats.clone()).tolist()
+                statistics = average(statistics.clone())
                 trainer.check()
+                loss, error, square = statistics[:3].tolist()
+                variance = square - statistics[3:].square().mean().item()
                 now = time.perf_counter()
                 line = {
                     "step": done,
@@ -382,7 +385,7 @@ def open_data(options: argparse.Namespace, flex, device: torch.device):
     return ModelActivations(options.model, options.text, options.layer, context=options.context, **common)
 
 
-def save_activations(options: argparse.Namespace, flex, device: torch.device, stop: Stop) -> None:
+def save_activations(options: argparse.Namespace, flex, device: torch.device, _) -> None:
     data = open_data(options, flex, device)
     try:
         data.save(options.save_activations)
@@ -392,20 +395,21 @@ def save_activations(options: argparse.Namespace, flex, device: torch.device, st
 
 def run(options: argparse.Namespace, flex, device: torch.device, stop: Stop) -> dict:
     """Train one SAE; its results, on rank 0."""
-    if RANK == 0:
-        open_run(options)
-    if DISTRIBUTED:
-        dist.barrier()
+    open_run(options)
     data = open_data(options, flex, device)
     try:
         done, checkpoint = newest_checkpoint(options)
         sae = SAE(options, data.D, flex, device)
         x = data.batch(0).float()
-        sae.fit_to(average(x.norm(dim=1).mean()), average(x.mean(0)))
+        norm, mean = average(x.norm(dim=1).mean()), average(x.mean(0))
+        if norm <= mean.norm() * (1 + 1e-6):
+            raise ValueError("the samples of the first batch are all the same")
+        sae.fit_to(norm, mean)
         trainer = Trainer(sae, options)
         if checkpoint:
             trainer.load(checkpoint)
-        train(trainer, data, options, done, stop)
+        with stop:
+            train(trainer, data, options, done, stop)
         if options.fsdp:
             whole = get_model_state_dict(sae, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
             sae = SAE(options, data.D, flex, device)
@@ -440,7 +444,7 @@ def compare(options: argparse.Namespace, flex, device: torch.device, stop: Stop)
         one = argparse.Namespace(**{**vars(options), **changes, **places})
         finished = one.out / "results.json"
         if finished.exists():
-            refuse_other_options(one.out, plain(one), json.loads((one.out / "options.json").read_text()))
+            refuse_other_options(one)
             results = json.loads(finished.read_text())
         else:
             results = run(one, flex, device, stop)
@@ -464,6 +468,10 @@ def compare(options: argparse.Namespace, flex, device: torch.device, stop: Stop)
     print(table, end="")
 
 
+def budgets(text: str) -> list[int]:
+    return [int(k) for k in text.split(",")]
+
+
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -478,7 +486,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--lr", type=float, default=default["lr"], help=f"Adam's learning rate {shown}")
     add("--warmup", type=float, default=0.05, help=f"steps of linear warm-up, below 1 a share of all {shown}")
     add("--loss", choices=("hierarchical", "topk"), default="hierarchical", help=shown)
-    add("--levels", type=lambda text: [int(k) for k in text.split(",")], help="budgets to train, such as 8,16,32")
+    add("--levels", type=budgets, help="budgets to train, such as 8,16,32")
     add("--auxk-coefficient", type=float, default=1 / 32, help=f"of the loss for dead features, 0 for none {shown}")
     add("--dead-after", type=int, help="samples without firing (default: 10 million, at most a tenth of the run)")
     add("--precision", choices=("tf32", "bf16"), default="tf32", help=f"of matrix products, on a GPU {shown}")
@@ -514,25 +522,31 @@ def complete(options: argparse.Namespace, parser: argparse.ArgumentParser, defau
             parser.error(f"-K must be the last of --levels, {options.levels[-1]}, or left out")
         if options.loss == "topk" or options.compare:
             parser.error("--levels cannot be combined with --loss topk or --compare")
-    options.K = options.K or (options.levels[-1] if options.levels else default["K"])
-    options.dead_after = options.dead_after or min(10_000_000, options.steps * options.B // 10)
-    for name in ("F", "K", "B", "D", "steps", "features", "active", "checkpoint_every", "context"):
+    if options.compare and options.loss == "topk":
+        parser.error("--compare trains with either loss: leave --loss out")
+    if options.K is None:
+        options.K = options.levels[-1] if options.levels else default["K"]
+    if options.dead_after is None:
+        options.dead_after = min(10_000_000, max(1, options.steps * options.B // 10))
+    for name in ("F", "K", "D", "steps", "features", "active", "dead_after", "checkpoint_every", "context"):
         if getattr(options, name) < 1:
             parser.error(f"{name} must be at least 1, got {getattr(options, name)}")
     if not options.lr > 0 or not options.warmup >= 0 or not options.auxk_coefficient >= 0:
         parser.error("--lr must be positive, --warmup and --auxk-coefficient must not be negative")
     if options.K > options.F:
         parser.error(f"K must be at most F, got K={options.K} F={options.F}")
-    if options.B % WORLD:
-        parser.error(f"B must be divisible by the {WORLD} processes, got {options.B}")
+    if options.B < 2:
+        parser.error(f"B must be at least 2, got {options.B}")
+    if DISTRIBUTED and options.B % (AUXK_SHARE * WORLD):  # so that AuxK takes the same samples
+        parser.error(f"B must be divisible by {AUXK_SHARE} times the {WORLD} processes, got {options.B}")
     if options.fsdp and not DISTRIBUTED:
         parser.error("--fsdp needs torchrun")
-    if options.model and (options.text is None or options.layer is None):
-        parser.error("--model needs --text and --layer")
+    if not (options.model is None) == (options.text is None) == (options.layer is None):
+        parser.error("--model, --text and --layer need each other")
     if options.model and options.activations:
         parser.error("choose one of --model and --activations")
-    if options.save_activations and not options.model:
-        parser.error("--save-activations needs --model")
+    if options.save_activations and (DISTRIBUTED or not options.model):
+        parser.error("--save-activations needs --model, and a single process")
 
 
 def start(options: argparse.Namespace) -> torch.device:
@@ -562,16 +576,21 @@ def main() -> int:
         work(options, load_package(), device, stop)
         return 0
     except (torch.OutOfMemoryError, MemoryError):
-        code, error = 1, "out of memory: choose a smaller -B or -F"
+        code, error = 1, OUT_OF_MEMORY
     except (TrainingError, OSError) as raised:
         code, error = 1, raised
     except ValueError as raised:
         code, error = 2, raised
+    except RuntimeError as raised:
+        if "can't allocate memory" not in str(raised):  # on a CPU
+            raise
+        code, error = 1, OUT_OF_MEMORY
+    except KeyboardInterrupt:
+        code, error = 130, "interrupted"
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    if RANK == 0:
-        print(f"error: {error}", file=sys.stderr)
+    print(f"error: {error}", file=sys.stderr)
     return code
 
 

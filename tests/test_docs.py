@@ -11,7 +11,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-DOCUMENTS = ("README.md", "CARD.md", "CHANGELOG.md", "docs/semantics.md", "docs/performance.md", "docs/trainers.md")
+PAGES = ("semantics", "performance", "trainers", "training")
+DOCUMENTS = ("README.md", "CARD.md", "CHANGELOG.md", *(f"docs/{page}.md" for page in PAGES))
 
 # A plain CPU in any case: the interpreter is too slow for a training run. One thread: more would wait for each other.
 PLACES = {"cpu": {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}}

@@ -1,5 +1,6 @@
 """examples/train_sae.py: what a run learns, what it survives, what it refuses, and what it leaves behind."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -30,7 +31,21 @@ SCRIPT = Path(train_sae.__file__)
 # Tiny, with features that die at once, so that AuxK is at work
 SIZES = "-B 32 -K 4 -F 96 -D 16 --features 24 --active 2 --lr 3e-3 --dead-after 32 --seed 3"
 LOSSES = {"topk": "--loss topk", "hierarchical": "--loss hierarchical --deterministic", "nested": "--levels 2,4"}
-UNSTOPPED = SimpleNamespace(signal=0, ask=lambda done: 0)
+
+
+class StopAt(contextlib.nullcontext):
+    """As if SIGTERM had come in this step."""
+
+    def __init__(self, step: int | None = None):
+        super().__init__()
+        self.step, self.signal = step, 0
+
+    def ask(self, done: int) -> int:
+        self.signal = signal.SIGTERM if done == self.step else 0
+        return self.signal
+
+
+UNSTOPPED = StopAt()
 
 
 @pytest.fixture(scope="module")
@@ -61,18 +76,6 @@ def parse(out: Path, *arguments: str):
 def run(package, out: Path, *arguments: str, stop=UNSTOPPED) -> dict:
     options = parse(out, *arguments)
     return train_sae.run(options, package, train_sae.start(options), stop)
-
-
-def stop_at(step: int):
-    """As if SIGTERM had come in this step."""
-    stop = SimpleNamespace(signal=0)
-
-    def ask(done):
-        stop.signal = signal.SIGTERM if done == step else 0
-        return stop.signal
-
-    stop.ask = ask
-    return stop
 
 
 def checkpoints(out: Path) -> list[str]:
@@ -255,7 +258,7 @@ def test_a_resumed_run_continues_bit_for_bit(package, tmp_path, loss):
     run(package, tmp_path / "whole", arguments)
     for step in (7, 22):  # between two checkpoints, two refreshes and two lines of metrics
         with pytest.raises(SystemExit) as ended:
-            run(package, tmp_path / "parts", arguments, "--resume", stop=stop_at(step))
+            run(package, tmp_path / "parts", arguments, "--resume", stop=StopAt(step))
         assert ended.value.code == 143
         assert checkpoints(tmp_path / "parts") == [f"step-{step:08}"]
     run(package, tmp_path / "parts", arguments, "--resume")
@@ -280,7 +283,7 @@ def test_a_run_that_is_killed_at_any_moment_continues_bit_for_bit(package, tmp_p
     monkeypatch.setattr(train_sae, "LOG_EVERY", 50)
     for folder in (out, tmp_path / "whole"):
         with pytest.raises(SystemExit):
-            run(package, folder, arguments, "--resume", stop=stop_at(last + 60))
+            run(package, folder, arguments, "--resume", stop=StopAt(last + 60))
     assert_same_run(out, tmp_path / "whole")
 
 
@@ -296,17 +299,14 @@ def test_a_signal_ends_the_run_with_a_checkpoint_of_its_step(package, tmp_path, 
     def interrupted(data, step):
         if step == 8:
             os.kill(os.getpid(), number)
+            assert signal.getsignal(number) == signal.SIG_DFL  # a second one ends the process
         return batch(data, step)
 
     monkeypatch.setattr(train_sae.Synthetic, "batch", interrupted)
-    handlers = {one: signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        with pytest.raises(SystemExit) as ended:
-            run(package, tmp_path, "--steps 30", stop=train_sae.Stop())
-        assert signal.getsignal(number) == signal.SIG_DFL  # a second one ends the process
-    finally:
-        for one, handler in handlers.items():
-            signal.signal(one, handler)
+    handler = signal.getsignal(number)
+    with pytest.raises(SystemExit) as ended:
+        run(package, tmp_path, "--steps 30", stop=train_sae.Stop())
+    assert signal.getsignal(number) == handler
     assert ended.value.code == code
     assert checkpoints(tmp_path) == ["step-00000009"]
 
@@ -337,7 +337,7 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(package, tmp
 
 def test_a_full_disk_ends_the_run_and_leaves_the_checkpoint_before(package, tmp_path):
     with pytest.raises(SystemExit):
-        run(package, tmp_path, "--steps 30", stop=stop_at(10))
+        run(package, tmp_path, "--steps 30", stop=StopAt(10))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))  # options and metrics fit, parameters do not
     try:
@@ -400,15 +400,19 @@ def main(capsys, monkeypatch, package, *arguments: str) -> tuple[int, str]:
     ("arguments", "reason"),
     [
         ("-K 97 -F 96", "K must be at most F, got K=97 F=96"),
-        ("-B 0", "B must be at least 1, got 0"),
+        ("-B 0", "B must be at least 2, got 0"),
+        ("-K 0", "K must be at least 1, got 0"),
+        ("--dead-after 0", "dead_after must be at least 1, got 0"),
         ("--steps -1", "steps must be at least 1, got -1"),
         ("--levels 4,2", "--levels must be positive and ascend"),
-        ("--levels 2,x", "argument --levels: invalid"),
+        ("--levels 2,x", "argument --levels: invalid budgets value: '2,x'"),
         ("--levels 2,4 -K 8", "-K must be the last of --levels, 4, or left out"),
         ("--levels 2,4 --loss topk", "--levels cannot be combined with --loss topk or --compare"),
         ("--lr 0", "--lr must be positive"),
         ("--fsdp", "--fsdp needs torchrun"),
-        ("--model gpt2", "--model needs --text and --layer"),
+        ("--compare --loss topk", "--compare trains with either loss: leave --loss out"),
+        ("--text corpus.txt --layer 3", "--model, --text and --layer need each other"),
+        ("--model gpt2", "--model, --text and --layer need each other"),
         ("--save-activations there", "--save-activations needs --model"),
         ("--activations missing.npy", "missing.npy"),
     ],
@@ -436,6 +440,19 @@ def test_a_run_is_not_mixed_with_another(package, tmp_path, capsys, monkeypatch,
     code, error = main(capsys, monkeypatch, package, common, arguments)
     assert (code, reason in error) == (2, True), error
     assert all(torch.equal(tensor, before[key]) for key, tensor in state(tmp_path).items())
+
+
+def test_a_run_that_failed_before_its_first_checkpoint_may_start_anew(package, tmp_path, capsys, monkeypatch):
+    common = f"--out {tmp_path} --steps 3 {SIZES}"
+    assert main(capsys, monkeypatch, package, common, f"--activations {tmp_path / 'typo'}")[0] == 2
+    assert main(capsys, monkeypatch, package, common)[0] == 0
+
+
+def test_samples_that_are_all_the_same_are_refused(package, tmp_path, capsys, monkeypatch):
+    np.save(tmp_path / "same.npy", np.full((2048, 16), 3, dtype=np.float32))
+    common = f"--out {tmp_path / 'run'} --steps 3 {SIZES} --activations {tmp_path / 'same.npy'}"
+    code, error = main(capsys, monkeypatch, package, common)
+    assert (code, "are all the same" in error) == (2, True), error
 
 
 def test_a_failed_run_ends_with_exit_code_1(package, tmp_path, capsys, monkeypatch):
@@ -483,8 +500,9 @@ def test_two_processes_train_as_one_does(package, tmp_path, monkeypatch):
     for way in ways:
         several = metrics(tmp_path / way)
         assert [line["dead"] for line in several] == [line["dead"] for line in one]
-        # 150 steps with float32's rounding errors, each of some 1e-7
-        assert [line["loss"] for line in several] == pytest.approx([line["loss"] for line in one], rel=1e-4)
+        for name in ("loss", "explained_variance"):
+            # 150 steps with float32's rounding errors, each of some 1e-7
+            assert [line[name] for line in several] == pytest.approx([line[name] for line in one], rel=1e-4)
 
 
 # Data
@@ -496,7 +514,7 @@ def test_a_run_on_shards_resumes_bit_for_bit(package, tmp_path):
     arguments = f"--steps 80 --activations {tmp_path} -F 64 -K 3 --loss topk"
     run(package, tmp_path / "whole", arguments)
     with pytest.raises(SystemExit):
-        run(package, tmp_path / "parts", arguments, stop=stop_at(33))
+        run(package, tmp_path / "parts", arguments, stop=StopAt(33))
     results = run(package, tmp_path / "parts", arguments, "--resume")
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
     assert "recovered" not in results
