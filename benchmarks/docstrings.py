@@ -1,4 +1,4 @@
-"""Write the docstrings of the installed packages to a file: English text for `examples/train_sae.py --text`.
+"""Write the docstrings of Python and the installed packages to a file: English text for `examples/train_sae.py --text`.
 
 python benchmarks/docstrings.py docstrings.txt
 """
@@ -23,7 +23,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     args = parser.parse_args()
-    files = sorted(Path(sysconfig.get_path("purelib")).rglob("*.py"))
+    folders = [Path(sysconfig.get_path(name)) for name in ("purelib", "stdlib")]
+    files = [file for folder in folders for file in sorted(folder.rglob("*.py"))]
     with ProcessPoolExecutor() as processes:
         texts = [text for found in processes.map(docstrings, files, chunksize=64) for text in found]
     long = dict.fromkeys(text for text in texts if len(text) > 120)  # each once
