@@ -282,7 +282,7 @@ def train(trainer: Trainer, data, options: argparse.Namespace, done: int, stop: 
     if RANK == 0:
         truncate_metrics(metrics, done)
     n_dead, logged, logged_at = sae.fit_capacity(), done, time.perf_counter()
-    with tqdm(total=options.steps, initial=done, unit="step", disable=RANK > 0) as bar:
+    with tqdm(total=options.steps, initial=done, unit="tokens", unit_scale=options.B, disable=RANK > 0) as bar:
         for step in range(done, options.steps):
             statistics = trainer(data.batch(step), learning_rate(step, options))
             done = step + 1
