@@ -35,7 +35,7 @@ _FORWARD_BLOCK_K = 32
 # Bytes of a row of T that are summed at a time, so that the [L * B, columns] of a part can stay in the L2 cache.
 _PART_BYTES = 1024
 # Samples of a program, four warps, that adds up levels
-_SUFFIX_BLOCK_B = 4
+_SUFFIX_BLOCK_B = 2
 
 
 @cached_launch
