@@ -36,7 +36,7 @@ class AuxK:
     `dead` is int64 [n], padded with -1. `watch` each parameter where it is used, then call `fill` before backward."""
 
     def __init__(self, dead: torch.Tensor):
-        self.alive_rows = dead < 0  # the padding
+        self.padding = dead < 0
         self.rows = dead.clamp(min=0)
         self.copies, self.grads = [], ()
 
@@ -57,7 +57,7 @@ class AuxK:
         coefficient times AuxK. x (without the pre-bias) and residual [B, D] are constants."""
         k = max(1, min(x.shape[1] // 2, len(self.rows)))
         weight, bias, decoder = self.copies
-        codes = linear(x, weight, bias).relu().masked_fill(self.alive_rows, 0)
+        codes = linear(x, weight, bias.masked_fill(self.padding, -torch.inf)).relu()
         least = codes.detach().topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
         loss = mse_loss((codes * (codes >= least)) @ decoder, residual)
         self.grads = torch.autograd.grad(coefficient * loss, self.copies)
