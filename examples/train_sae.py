@@ -282,11 +282,12 @@ def train(trainer: Trainer, data, options: argparse.Namespace, done: int, stop: 
     if RANK == 0:
         truncate_metrics(metrics, done)
     n_dead, logged, logged_at = sae.fit_capacity(), done, time.perf_counter()
-    with tqdm(total=options.steps, initial=done, unit="tokens", unit_scale=options.B, disable=RANK > 0) as bar:
+    tokens = {"total": options.steps * options.B, "initial": done * options.B, "unit": "tokens", "unit_scale": True}
+    with tqdm(**tokens, disable=RANK > 0) as bar:
         for step in range(done, options.steps):
             statistics = trainer(data.batch(step), learning_rate(step, options))
             done = step + 1
-            bar.update()
+            bar.update(options.B)
             if done % REFRESH_EVERY == 0:
                 merge_ranks(sae.last_fired)
                 n_dead = sae.refresh_dead(dead_after)
@@ -456,7 +457,7 @@ def compare(options: argparse.Namespace, flex, device: torch.device, stop: Stop)
     curves = {
         "HierarchicalTopK": explained["hierarchical"],
         "TopK, an SAE for each k": {str(k): explained[f"topk-{k}"][str(k)] for k in budgets},
-        f"TopK of k = {options.K}, cut": explained[f"topk-{options.K}"],
+        "TopK, the SAE of the largest k": explained[f"topk-{options.K}"],
     }
     curves = {name: {str(k): curve[str(k)] for k in budgets} for name, curve in curves.items()}
     rows = [["explained variance", *(f"k = {k}" for k in budgets)], ["---"] * (len(budgets) + 1)]
