@@ -1,6 +1,6 @@
 """One HierarchicalTopK SAE beside TopK SAEs of several budgets: `examples/train_sae.py --compare`, for the report.
 
-python benchmarks/budgets.py --activations shards/     on synthetic activations, and on these
+`python benchmarks/budgets.py --activations shards/` runs it on synthetic activations and on these.
 """
 
 import argparse

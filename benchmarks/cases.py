@@ -46,7 +46,7 @@ class Case:
 
     @property
     def rows(self) -> tuple[str, ...]:
-        return {"parts": PARTS, "auxk": AUXK, "nested": NESTED}.get(self.mode, ("flex_sae", *self.peers))
+        return {"parts": PARTS, "auxk": AUXK, "nested": tuple(NESTED)}.get(self.mode, ("flex_sae", *self.peers))
 
 
 PEERS = {
@@ -59,7 +59,14 @@ TRAINING_PEERS = ("torch encoder, flex_sae loss", "torch eager", "torch.compile"
 PARTS = ("matmul", "encode", "loss", "encoder gradients", "Adam")
 # The bookkeeping of what has fired, which every step pays, and AuxK itself
 AUXK = ("last_fired", "AuxK")
-NESTED = ("flex_sae, L=1", "flex_sae, L=5", "flex_sae, L=5, of each sample", "flex_sae, L=10", "5 masked decodes")
+# The number of levels, and whether each sample has ends of its own
+NESTED = {
+    "flex_sae, L=1": (1, False),
+    "flex_sae, L=5": (5, False),
+    "flex_sae, L=5, of each sample": (5, True),
+    "flex_sae, L=10": (10, False),
+    "5 masked decodes": (5, False),
+}
 DECODE_PEERS = (
     *("flex_sae, random rows", "flex_sae, Zipf rows", "embedding_bag", "torch.sparse"),
     *("dense codes", "flex_sae, of dense codes"),

@@ -1,6 +1,5 @@
-"""Write the docstrings of Python and the installed packages to a file: English text for `examples/train_sae.py --text`.
-
-python benchmarks/docstrings.py docstrings.txt
+"""`python benchmarks/docstrings.py FILE` writes the docstrings of Python and the installed packages to a file: English
+text for `examples/train_sae.py --text`.
 """
 
 import argparse

@@ -5,15 +5,14 @@ from types import ModuleType
 import inputs
 import measure
 import torch
-from cases import Case
+from cases import NESTED, Case
 from inputs import Inputs, ParityError
 from truth import nested_truth
 
 
-def ends_of(row: str, B: int, K: int) -> torch.Tensor:
-    """As many equal steps as the row names; of each sample [B, L] drawn at random, the last end K."""
-    L = int(row.partition("=")[2].partition(",")[0]) if "=" in row else 5
-    if row.endswith("of each sample"):
+def make_ends(L: int, per_sample: bool, B: int, K: int) -> torch.Tensor:
+    """L equal steps up to K, [L]; or of each sample [B, L], drawn at random, the last end K."""
+    if per_sample:
         ends = torch.randint(K + 1, (B, L)).sort(dim=1).values
         ends[:, -1] = K
         return ends.to(inputs.DEVICE)
@@ -36,7 +35,7 @@ def implementations(case: Case, package: ModuleType) -> dict:
     functions = {}
     for row in case.rows:
         loss = masked_decodes if row == "5 masked decodes" else package.triton_nested_sae_loss
-        functions[row] = loss, ends_of(row, case.shape.B, case.shape.K)
+        functions[row] = loss, make_ends(*NESTED[row], case.shape.B, case.shape.K)
     return functions
 
 

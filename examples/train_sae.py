@@ -162,7 +162,7 @@ class Trainer:
                 sync_folder(folder)
         except (OSError, RuntimeError, CheckpointException) as error:
             shutil.rmtree(part, ignore_errors=True)
-            kept = "no checkpoint of step {} could be written, the one before is kept: {}"
+            kept = "no checkpoint of step {} could be written, earlier ones are kept: {}"
             raise TrainingError(kept.format(done, last_line(error))) from None
         if RANK == 0:
             for other in {*folder.glob("step-*")} - {final}:
@@ -403,7 +403,7 @@ def run(options: argparse.Namespace, flex, device: torch.device, stop: Stop) -> 
         sae = SAE(options, data.D, flex, device)
         x = data.batch(0).float()
         norm, mean = average(x.norm(dim=1).mean()), average(x.mean(0))
-        if norm <= mean.norm() * (1 + 1e-6):
+        if merge_ranks((x - mean).abs().max()) <= 1e-5 * mean.abs().max():  # float32 rounds a mean
             raise ValueError("the samples of the first batch are all the same")
         sae.fit_to(norm, mean)
         trainer = Trainer(sae, options)

@@ -344,7 +344,7 @@ def test_a_full_disk_ends_the_run_and_leaves_the_checkpoint_before(package, tmp_
             run(package, tmp_path, "--steps 30 --resume --checkpoint-every 20")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert str(raised.value).startswith("no checkpoint of step 20 could be written, the one before is kept: ")
+    assert str(raised.value).startswith("no checkpoint of step 20 could be written, earlier ones are kept: ")
     assert "File too large" in str(raised.value)
     assert checkpoints(tmp_path) == ["step-00000010"]
 
@@ -452,6 +452,13 @@ def test_samples_that_are_all_the_same_are_refused(package, tmp_path, capsys, mo
     common = f"--out {tmp_path / 'run'} --steps 3 {SIZES} --activations {tmp_path / 'same.npy'}"
     code, error = main(capsys, monkeypatch, package, common)
     assert (code, "are all the same" in error) == (2, True), error
+
+
+def test_samples_along_one_direction_are_not_all_the_same(package, tmp_path):
+    lengths = np.random.default_rng(0).uniform(1, 2, (2048, 1)).astype(np.float32)
+    np.save(tmp_path / "line.npy", lengths * np.ones((1, 16), dtype=np.float32))
+    run(package, tmp_path / "run", f"--steps 3 --activations {tmp_path / 'line.npy'}")
+    assert len(metrics(tmp_path / "run")) == 1
 
 
 def test_a_failed_run_ends_with_exit_code_1(package, tmp_path, capsys, monkeypatch):

@@ -34,7 +34,8 @@ from .tiles import cdiv, gather_columns, load_pairs, next_power_of_2, row_alignm
 _FORWARD_BLOCK_K = 32
 # Bytes of a row of T that are summed at a time, so that the [L * B, columns] of a part can stay in the L2 cache.
 _PART_BYTES = 1024
-# Samples of a program, four warps, that adds up levels
+# Samples of a program, four warps, that adds up levels. On an H100 1 to 8 take the same time within 1% of a step; with
+# 4 Triton 3.9 spills registers.
 _SUFFIX_BLOCK_B = 2
 
 
@@ -271,7 +272,7 @@ def _nested_backward(
     bias_grad = weight.new_empty(0, dtype=bias_dtype)
     target_grad = weight.new_empty(0, dtype=target_dtype)
     scales = (losses_grad * (2 / (B * D))).contiguous()
-    # Without levels to add up T_0 is left unscaled.
+    # A single level needs no sums: its residual is T_0 but for the scale, which readers apply.
     first_suffix, scale = (residuals[0], scales[0]) if L == 1 else (residuals.new_empty(B, D), scales.new_ones(()))
     with device_of(weight):
         if needs_weight or needs_vals:
