@@ -25,6 +25,7 @@ import sys
 import time
 import warnings
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 
 import matplotlib
@@ -97,30 +98,28 @@ class Trainer:
                 fully_shard(module)
         elif DISTRIBUTED:
             self.model = DistributedDataParallel(sae, broadcast_buffers=False)
-        lr = torch.tensor(0.0, device=sae.scale.device)
-        self.optimizer = torch.optim.Adam(sae.parameters(), lr=lr, fused=True, capturable=CUDA)
+        self.lr = torch.tensor(0.0, device=sae.scale.device)  # where graphs read it
+        self.optimizer = torch.optim.Adam(sae.parameters(), lr=0.0, fused=True, capturable=CUDA)
         # One pass over [F, D] each, without temporaries
         functions = remove_parallel, normalize_rows
         self.remove_parallel, self.normalize_rows = map(torch.compile, functions) if CUDA else functions
-        self.graphs, self.eager_steps, self.x = {}, Counter(), None
+        self.graphs, self.steps, self.x = {}, Counter(), None
         self.pool = torch.cuda.graph_pool_handle() if CUDA else None
 
     def __call__(self, x: torch.Tensor, lr: float) -> torch.Tensor:
-        self.optimizer.param_groups[0]["lr"].fill_(lr)
+        self.lr.fill_(lr)
+        # Given a tensor, DTensor tries Adam out on zeros in the shape of the whole parameters, which takes minutes.
+        self.optimizer.param_groups[0]["lr"] = lr if self.options.fsdp else self.lr
         size = self.sae.capacity
-        if not CUDA or DISTRIBUTED or self.options.no_graph:
-            return self.step(x)
-        if self.eager_steps[size] < WARM_UP_STEPS:
-            self.eager_steps[size] += 1
+        self.steps[size] += 1
+        if not CUDA or DISTRIBUTED or self.options.no_graph or self.steps[size] <= WARM_UP_STEPS:
             return self.step(x)
         if self.x is None:
             self.x = torch.empty_like(x)
         if size not in self.graphs:
             graph = torch.cuda.CUDAGraph()
             # The thread that reads activations may allocate meanwhile.
-            with torch.cuda.graph(
-                graph, self.pool, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"
-            ):
+            with torch.cuda.graph(graph, self.pool, torch.cuda.current_stream(), "thread_local"):
                 self.graphs[size] = graph, self.step(self.x)
         self.x.copy_(x)
         graph, statistics = self.graphs[size]
@@ -154,8 +153,7 @@ class Trainer:
         folder = self.options.out / "checkpoints"
         part, final = folder / f"step-{done:08}.part", folder / f"step-{done:08}"
         try:
-            model, optimizer = get_state_dict(self.model, self.optimizer)
-            dcp.save({"model": model, "optimizer": optimizer}, checkpoint_id=part)
+            dcp.save(self.state(), checkpoint_id=part)
             if RANK == 0:
                 sync_folder(part)
                 part.rename(final)
@@ -169,12 +167,18 @@ class Trainer:
                 shutil.rmtree(other, ignore_errors=True)
 
     def load(self, checkpoint: Path) -> None:
-        model, optimizer = get_state_dict(self.model, self.optimizer)
+        state = self.state()
         try:
-            dcp.load({"model": model, "optimizer": optimizer}, checkpoint_id=checkpoint)
+            dcp.load(state, checkpoint_id=checkpoint)
         except (OSError, RuntimeError, CheckpointException) as error:
             raise ValueError(f"{checkpoint} cannot be read: {last_line(error)}") from None
-        set_state_dict(self.model, self.optimizer, model_state_dict=model, optim_state_dict=optimizer)
+        set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+
+    def state(self) -> dict:
+        """What a checkpoint holds, the same with and without FSDP."""
+        model, optimizer = get_state_dict(self.model, self.optimizer)
+        optimizer["param_groups"][0]["lr"] = self.lr
+        return {"model": model, "optimizer": optimizer}
 
 
 def last_line(error: BaseException) -> str:
@@ -387,18 +391,14 @@ def open_data(options: argparse.Namespace, flex, device: torch.device):
 
 
 def save_activations(options: argparse.Namespace, flex, device: torch.device, _) -> None:
-    data = open_data(options, flex, device)
-    try:
+    with closing(open_data(options, flex, device)) as data:
         data.save(options.save_activations)
-    finally:
-        data.close()
 
 
 def run(options: argparse.Namespace, flex, device: torch.device, stop: Stop) -> dict:
     """Train one SAE; its results, on rank 0."""
     open_run(options)
-    data = open_data(options, flex, device)
-    try:
+    with closing(open_data(options, flex, device)) as data:
         done, checkpoint = newest_checkpoint(options)
         sae = SAE(options, data.D, flex, device)
         x = data.batch(0).float()
@@ -413,16 +413,15 @@ def run(options: argparse.Namespace, flex, device: torch.device, stop: Stop) -> 
             train(trainer, data, options, done, stop)
         if options.fsdp:
             whole = get_model_state_dict(sae, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-            sae = SAE(options, data.D, flex, device)
-            if RANK == 0:
-                sae.load_state_dict(whole)
+            del trainer, sae  # make room
         if RANK > 0:
             return {}
+        if options.fsdp:
+            sae = SAE(options, data.D, flex, device)
+            sae.load_state_dict(whole)
         results = evaluate(sae, data, options, flex)
         if options.export:
             export(sae, options.export)
-    finally:
-        data.close()
     plot(options.out / "explained_variance.png", {describe(options): results["explained_variance"]})
     write(options.out / "results.json", json.dumps(results, indent=2))
     print(json.dumps(results))

@@ -470,8 +470,8 @@ def test_a_failed_run_ends_with_exit_code_1(package, tmp_path, capsys, monkeypat
 # Several processes
 
 
-# Both ways in one process, since starting one takes seconds
-BOTH_WAYS = """
+# All ways in one process, since starting one takes seconds
+ALL_WAYS = """
 import os, sys, train_sae
 for sys.argv, os.environ["MASTER_PORT"] in zip({}, {}):
     assert train_sae.main() == 0
@@ -483,18 +483,20 @@ def test_two_processes_train_as_one_does(package, tmp_path, monkeypatch):
     monkeypatch.setattr(train_sae, "REFRESH_EVERY", 100)
     monkeypatch.setattr(train_sae, "LOG_EVERY", 50)
     arguments = "--steps 150 --auxk-coefficient 0.2"
-    ways = {"ddp": [], "fsdp": ["--fsdp"]}
+    ways = {"ddp": [], "fsdp": ["--fsdp"], "begun by one": ["--fsdp", "--resume"]}
     argv = [["train_sae.py", "--out", str(tmp_path / way), *SIZES.split(), *arguments.split(), *options]
             for way, options in ways.items()]  # fmt: skip
-    with socket.socket() as one, socket.socket() as other:
-        ports = []
-        for free in (one, other):
+    with pytest.raises(SystemExit):
+        run(package, tmp_path / "begun by one", arguments, stop=StopAt(70))
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in ways]
+        for free in sockets:
             free.bind(("localhost", 0))
-            ports.append(str(free.getsockname()[1]))
-    command, env = ("-c", BOTH_WAYS.format(argv, ports)), {"MASTER_ADDR": "localhost", "WORLD_SIZE": "2"}
+        ports = [str(free.getsockname()[1]) for free in sockets]
+    command, env = ("-c", ALL_WAYS.format(argv, ports)), {"MASTER_ADDR": "localhost", "WORLD_SIZE": "2"}
     processes = [start_process(*command, RANK=str(rank), LOCAL_RANK=str(rank), **env) for rank in range(2)]
     try:
-        run(package, tmp_path / "one", arguments)
+        results = run(package, tmp_path / "one", arguments)
         for process in processes:
             error = process.communicate(timeout=60)[1]
             assert process.returncode == 0, error
@@ -509,6 +511,9 @@ def test_two_processes_train_as_one_does(package, tmp_path, monkeypatch):
         for name in ("loss", "explained_variance"):
             # 150 steps with float32's rounding errors, each of some 1e-7
             assert [line[name] for line in several] == pytest.approx([line[name] for line in one], rel=1e-4)
+        # A single process can read the checkpoint.
+        explained = run(package, tmp_path / way, arguments, "--resume")["explained_variance"]
+        assert explained == pytest.approx(results["explained_variance"], rel=1e-4)
 
 
 # Data
