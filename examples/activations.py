@@ -224,28 +224,20 @@ class Shards(Pools):
                 raise ValueError(f"{shard.path}: has {shard.dtype} of width {shard.D}, but {expected}")
         self._ends = list(itertools.accumulate(shard.rows for shard in self._shards))
         super().__init__(self._ends[-1] // 256, batch_size, **options)
-        self._block_readers = ThreadPoolExecutor(16)  # disks are fast if asked for many blocks at once
-
-    def close(self):
-        super().close()
-        self._block_readers.shutdown()
 
     def _read(self, blocks):
         rows = torch.empty(len(blocks), 256, self.D, dtype=self.dtype, pin_memory=self._device.type == "cuda")
-        for _ in self._block_readers.map(self._read_block, blocks, rows.view(torch.uint8).numpy()):
-            pass  # raises what reading a block raised
+        for block, out in zip(blocks, rows.view(torch.uint8).numpy(), strict=True):
+            done = 0
+            while done < 256:  # a block may go on in the next file
+                shard, row = self._place(block * 256 + done)
+                part = out[done : done + shard.rows - row]
+                with shard.path.open("rb") as file:
+                    file.seek(shard.start + row * part.shape[1])
+                    if file.readinto(part) < part.size:
+                        raise ValueError(f"{shard.path}: has become shorter")
+                done += len(part)
         return rows
-
-    def _read_block(self, block, out):
-        done = 0
-        while done < 256:  # a block may go on in the next file
-            shard, row = self._place(block * 256 + done)
-            part = out[done : done + shard.rows - row]
-            with shard.path.open("rb") as file:
-                file.seek(shard.start + row * part.shape[1])
-                if file.readinto(part) < part.size:
-                    raise ValueError(f"{shard.path}: has become shorter")
-            done += len(part)
 
     def _place(self, row):
         """The shard that has this row of all, and which row of that shard it is."""
