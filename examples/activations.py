@@ -88,7 +88,8 @@ class Pools:
 
     The rows are in blocks of neighbours. The blocks of all epochs, each epoch a random permutation, are one sequence.
     Pool p is its p-th run of about `pool_rows` rows, permuted on the device, and the rows of one pool after the other
-    are the batches. A thread reads the next pool while this one is used. An epoch has every row once.
+    are the batches. A thread reads the next pool while this one is used. An epoch has every row once, and shares its
+    last pool with the next one.
 
     A subclass sets `D`, `dtype`, `_name` and `_block_rows`, and has `_read(blocks)`, the rows of these blocks, and
     `_origin(block, row)`, a row's name for error messages.
@@ -168,7 +169,7 @@ class Pools:
         return *self._load(blocks), order
 
     def _load(self, blocks):
-        """The rows of blocks on the device, when they are there. Raises ValueError if one is not finite."""
+        """The rows of blocks on the device, after the copy has finished. Raises ValueError if one is not finite."""
         rows = torch.empty(len(blocks), self._block_rows, self.D, dtype=self.dtype, device=self._device)
         n = max(1, self._part_rows // self._block_rows)
         for first in range(0, len(blocks), n):
@@ -301,8 +302,8 @@ class ModelActivations(Pools):
     """The output of a layer of a Hugging Face model, computed as it is needed, for all tokens of text but special ones.
 
     All text is tokenized first and cut into contexts of equal length, which are the blocks; what is left over, at the
-    end of a megabyte or of a file, is not used. Each rank runs the model on all contexts: to train on several GPUs,
-    `save` the activations first.
+    end of a file and every four megabytes in it, is not used. Each rank runs the model on all contexts: to train on
+    several GPUs, `save` the activations first.
 
     Args:
         model: the name or folder of a model and its tokenizer, for AutoModel and AutoTokenizer.

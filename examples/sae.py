@@ -106,8 +106,8 @@ class SAE(nn.Module):
         ):
             self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=device))
         self.dead.fill_(-1)
-        # The first steps with non-finite data and with a non-finite loss, 0 for none
-        self.register_buffer("broken", torch.zeros(2, dtype=torch.int64, device=device), persistent=False)
+        # The first step with a non-finite loss, 0 for none
+        self.register_buffer("broken", torch.zeros((), dtype=torch.int64, device=device), persistent=False)
 
     @torch.no_grad()
     def fit_to(self, mean_norm: torch.Tensor, mean: torch.Tensor) -> None:
@@ -129,8 +129,7 @@ class SAE(nn.Module):
             if auxk:
                 some = slice(None, None, AUXK_SHARE)  # the same samples, however many ranks have a slice of them
                 auxk.fill(centred.detach()[some], x[some] - recon[some], self.auxk_coefficient)
-            is_broken = ~torch.stack([x.isfinite().all(), loss.isfinite()])
-            self.broken.copy_(torch.where((self.broken == 0) & is_broken, self.step, self.broken))
+            self.broken.copy_(torch.where((self.broken == 0) & ~loss.isfinite(), self.step, self.broken))
             statistics = torch.stack([loss.detach().float(), error, centred.square().mean()])
             return loss, torch.cat([statistics, centred.mean(0)])
 
@@ -142,7 +141,7 @@ class SAE(nn.Module):
         return self.fit_capacity()
 
     def fit_capacity(self) -> int:
-        """The number of dead features. AuxK's list has room for up to a quarter more, so that CUDA graphs are few."""
+        """The number of dead features. AuxK's list is longer by up to a quarter or 64, so that CUDA graphs are few."""
         n = int((self.dead >= 0).sum())
         grain = max(64, 1 << n.bit_length() >> 3)
         self.capacity = min(-(-n // grain) * grain, len(self.dead)) if self.auxk_coefficient > 0 else 0

@@ -36,13 +36,7 @@ from activations import ModelActivations, Shards, Synthetic
 from kernels import get_kernel
 from matplotlib.figure import Figure
 from sae import AUXK_SHARE, SAE, export, local, normalize_rows, remove_parallel
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_state_dict,
-    set_state_dict,
-)
+from torch.distributed.checkpoint import state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -58,7 +52,6 @@ WARM_UP_STEPS = 3  # before a CUDA graph is captured
 HELD_OUT_BATCHES = 4
 COMPARED_BUDGETS = (8, 16, 32, 64, 128) if CUDA else (4, 8)
 RECOVERED = 0.9  # cosine of a true feature and a decoder row
-OUT_OF_MEMORY = "out of memory: choose a smaller -B or -F"
 # Options that may differ when a run is resumed
 MAY_CHANGE = ["out", "resume", "checkpoint_every", "no_graph", "fsdp", "compare", "export", "save_activations"]
 
@@ -139,16 +132,16 @@ class Trainer:
         return statistics
 
     def check(self) -> None:
-        """Raise TrainingError if data or loss have been non-finite. Waits for the GPU."""
-        data, loss = merge_ranks(self.sae.broken).tolist()
-        if data:
-            raise TrainingError(f"the activations contain NaN or infinity at step {data}")
-        if loss:
-            raise TrainingError(f"the loss is not finite since step {loss}: lower --lr")
+        """Raise TrainingError if the loss of a step was not finite. Waits for the GPU."""
+        if step := int(merge_ranks(self.sae.broken)):
+            raise TrainingError(f"the loss is not finite since step {step}: lower --lr")
 
     def save(self, done: int) -> None:
-        """Write a checkpoint, of which a part never has the final name, and remove the older ones."""
+        """Write a checkpoint, which gets its name once it is complete, and remove the older ones."""
         self.check()
+        sums = torch.stack([local(parameter).sum() for parameter in self.sae.parameters()])
+        if merge_ranks((~sums.isfinite()).any().int()):
+            raise TrainingError(f"the parameters are not finite after step {done}: lower --lr")
         merge_ranks(self.sae.last_fired)
         folder = self.options.out / "checkpoints"
         part, final = folder / f"step-{done:08}.part", folder / f"step-{done:08}"
@@ -158,7 +151,7 @@ class Trainer:
                 sync_folder(part)
                 part.rename(final)
                 sync_folder(folder)
-        except (OSError, RuntimeError, CheckpointException) as error:
+        except (OSError, RuntimeError, dcp.CheckpointException) as error:
             shutil.rmtree(part, ignore_errors=True)
             kept = "no checkpoint of step {} could be written, earlier ones are kept: {}"
             raise TrainingError(kept.format(done, last_line(error))) from None
@@ -170,13 +163,14 @@ class Trainer:
         state = self.state()
         try:
             dcp.load(state, checkpoint_id=checkpoint)
-        except (OSError, RuntimeError, CheckpointException) as error:
+        except (OSError, RuntimeError, dcp.CheckpointException) as error:
             raise ValueError(f"{checkpoint} cannot be read: {last_line(error)}") from None
-        set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        model, optimizer = state["model"], state["optimizer"]
+        state_dict.set_state_dict(self.model, self.optimizer, model_state_dict=model, optim_state_dict=optimizer)
 
     def state(self) -> dict:
         """What a checkpoint holds, the same with and without FSDP."""
-        model, optimizer = get_state_dict(self.model, self.optimizer)
+        model, optimizer = state_dict.get_state_dict(self.model, self.optimizer)
         optimizer["param_groups"][0]["lr"] = self.lr
         return {"model": model, "optimizer": optimizer}
 
@@ -186,7 +180,7 @@ def last_line(error: BaseException) -> str:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make what its files are called last through a crash of the machine."""
+    """Make new names in it survive a crash of the machine."""
     descriptor = os.open(folder, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
@@ -213,7 +207,7 @@ def open_run(options: argparse.Namespace) -> None:
         if not options.resume:
             raise ValueError(f"{options.out} holds a run: continue it with --resume, or choose another --out")
         refuse_other_options(options)
-    if RANK == 0:  # what is wrong, all ranks have found
+    if RANK == 0:  # bad options have ended every rank by now
         (options.out / "checkpoints").mkdir(parents=True, exist_ok=True)
         for part in (options.out / "checkpoints").glob("*.part"):
             shutil.rmtree(part)
@@ -231,9 +225,12 @@ def refuse_other_options(options: argparse.Namespace) -> None:
         raise ValueError(f"{stored} is damaged") from None
     for name, value in plain(options).items():
         if name not in MAY_CHANGE and value != before.get(name):
-            dashes = "-" if len(name) == 1 else "--"
-            option = f"{dashes}{name.replace('_', '-')}"
-            raise ValueError(f"{option} is {value}, but {before.get(name)} in the run that {options.out} holds")
+            raise ValueError(f"{dashed(name)} is {value}, but {before.get(name)} in the run that {options.out} holds")
+
+
+def dashed(name: str) -> str:
+    """An option as users type it."""
+    return f"{'-' if len(name) == 1 else '--'}{name.replace('_', '-')}"
 
 
 def newest_checkpoint(options: argparse.Namespace) -> tuple[int, Path | None]:
@@ -263,9 +260,11 @@ class Stop:
         self.signal = self._received = 0
         self._before = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def __exit__(self, *_):
+    def __exit__(self, error, *_):
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if error is None and self._received:  # since it was asked for
+            signal.raise_signal(self._received)
 
     def _receive(self, number, frame):
         self._received = number
@@ -403,8 +402,8 @@ def run(options: argparse.Namespace, flex, device: torch.device, stop: Stop) -> 
         sae = SAE(options, data.D, flex, device)
         x = data.batch(0).float()
         norm, mean = average(x.norm(dim=1).mean()), average(x.mean(0))
-        if merge_ranks((x - mean).abs().max()) <= 1e-5 * mean.abs().max():  # float32 rounds a mean
-            raise ValueError("the samples of the first batch are all the same")
+        if norm.isinf() or merge_ranks((x - mean).abs().max()) <= 1e-5 * mean.abs().max():  # float32 rounds a mean
+            raise ValueError("the samples of the first batch are all the same, or too large for float32")
         sae.fit_to(norm, mean)
         trainer = Trainer(sae, options)
         if checkpoint:
@@ -412,7 +411,8 @@ def run(options: argparse.Namespace, flex, device: torch.device, stop: Stop) -> 
         with stop:
             train(trainer, data, options, done, stop)
         if options.fsdp:
-            whole = get_model_state_dict(sae, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+            gathered = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
+            whole = state_dict.get_model_state_dict(sae, options=gathered)
             del trainer, sae  # make room
         if RANK > 0:
             return {}
@@ -442,8 +442,8 @@ def compare(options: argparse.Namespace, flex, device: torch.device, stop: Stop)
     for name, changes in runs.items():
         places = {"out": options.out / name, "export": options.export and options.export / name}
         one = argparse.Namespace(**{**vars(options), **changes, **places})
-        finished = one.out / "results.json"
-        if finished.exists():
+        finished, exported = one.out / "results.json", not one.export or (one.export / "cfg.json").exists()
+        if finished.exists() and exported:
             refuse_other_options(one)
             results = json.loads(finished.read_text())
         else:
@@ -507,7 +507,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--text", type=Path, nargs="+", metavar="FILE", help="of plain text, or .jsonl with the field text")
     add("--layer", type=int, help="whose output is used, from 0")
     add("--context", type=int, default=128, help=f"tokens {shown}")
-    add("--save-activations", type=Path, metavar="DIR", help="write the activations of --model as shards and end")
+    add("--save-activations", type=Path, metavar="DIR", help="write the activations of --model as shards and exit")
     options = parser.parse_args(arguments)
     complete(options, parser, default)
     return options
@@ -530,7 +530,9 @@ def complete(options: argparse.Namespace, parser: argparse.ArgumentParser, defau
         options.dead_after = min(10_000_000, max(1, options.steps * options.B // 10))
     for name in ("F", "K", "D", "steps", "features", "active", "dead_after", "checkpoint_every", "context"):
         if getattr(options, name) < 1:
-            parser.error(f"{name} must be at least 1, got {getattr(options, name)}")
+            parser.error(f"{dashed(name)} must be at least 1, got {getattr(options, name)}")
+    if options.seed < 0:
+        parser.error(f"--seed must not be negative, got {options.seed}")
     if not options.lr > 0 or not options.warmup >= 0 or not options.auxk_coefficient >= 0:
         parser.error("--lr must be positive, --warmup and --auxk-coefficient must not be negative")
     if options.K > options.F:
@@ -575,16 +577,15 @@ def main() -> int:
         work = save_activations if options.save_activations else compare if options.compare else run
         work(options, load_package(), device, stop)
         return 0
-    except (torch.OutOfMemoryError, MemoryError):
-        code, error = 1, OUT_OF_MEMORY
     except (TrainingError, OSError) as raised:
         code, error = 1, raised
     except ValueError as raised:
         code, error = 2, raised
-    except RuntimeError as raised:
-        if "can't allocate memory" not in str(raised):  # on a CPU
+    except (RuntimeError, MemoryError) as raised:
+        of_a_cpu = "can't allocate memory" in str(raised)
+        if not of_a_cpu and not isinstance(raised, torch.OutOfMemoryError | MemoryError):
             raise
-        code, error = 1, OUT_OF_MEMORY
+        code, error = 1, "out of memory: choose a smaller -B or -F"
     except KeyboardInterrupt:
         code, error = 130, "interrupted"
     finally:

@@ -200,9 +200,9 @@ def test_auxk_adds_the_gradients_of_its_definition(package, tmp_path, loss, n):
 def test_auxk_changes_no_bit_while_no_feature_is_dead(package, tmp_path, loss):
     sae, x = new_sae(package, tmp_path, LOSSES[loss])
     assert sae.refresh_dead(dead_after=0) == 0
-    with_auxk = gradients(sae(x)[0], sae)
-    sae.auxk_coefficient = 0
     without = gradients(sae(x)[0], sae)
+    sae.capacity = 64  # AuxK on padding alone
+    with_auxk = gradients(sae(x)[0], sae)
     assert all(torch.equal(with_auxk[name], without[name]) for name in without)
 
 
@@ -310,6 +310,19 @@ def test_a_signal_ends_the_run_with_a_checkpoint_of_its_step(package, tmp_path, 
     assert checkpoints(tmp_path) == ["step-00000009"]
 
 
+def test_a_signal_during_the_last_checkpoint_is_not_lost(package, tmp_path, monkeypatch):
+    save = train_sae.Trainer.save
+
+    def interrupted(trainer, done):
+        os.kill(os.getpid(), signal.SIGINT)
+        save(trainer, done)
+
+    monkeypatch.setattr(train_sae.Trainer, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(package, tmp_path, "--steps 5", stop=train_sae.Stop())
+    assert checkpoints(tmp_path) == ["step-00000005"]
+
+
 class Killed(BaseException):
     """Stands for SIGKILL: nothing catches it."""
 
@@ -330,6 +343,8 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(package, tmp
         with pytest.raises(Killed):
             run(package, tmp_path / "killed", arguments)
     assert checkpoints(tmp_path / "killed") == ["step-00000010", "step-00000020.part"]
+    with (tmp_path / "killed/metrics.jsonl").open("a") as file:
+        file.write('{"step": 1')
     run(package, tmp_path / "killed", arguments, "--resume")
     assert_same_run(tmp_path / "killed", tmp_path / "whole")
 
@@ -359,7 +374,7 @@ def test_a_damaged_checkpoint_is_named(package, tmp_path):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_non_finite_activations_end_the_run_and_spoil_no_checkpoint(package, tmp_path, monkeypatch, bad):
+def test_a_loss_that_is_not_finite_ends_the_run_and_spoils_no_checkpoint(package, tmp_path, monkeypatch, bad):
     batch = train_sae.Synthetic.batch
 
     def broken(data, step):
@@ -368,10 +383,26 @@ def test_non_finite_activations_end_the_run_and_spoil_no_checkpoint(package, tmp
         return x
 
     monkeypatch.setattr(train_sae.Synthetic, "batch", broken)
-    with pytest.raises(train_sae.TrainingError, match=r"^the activations contain NaN or infinity at step 13$"):
+    with pytest.raises(train_sae.TrainingError, match=r"^the loss is not finite since step 13: lower --lr$"):
         run(package, tmp_path, "--steps 30 --checkpoint-every 7")
     assert checkpoints(tmp_path) == ["step-00000007"]
     assert all(tensor.isfinite().all() for tensor in state(tmp_path).values())
+
+
+@pytest.mark.parametrize("name", ["encoder", "decoder"])
+def test_parameters_that_are_not_finite_spoil_no_checkpoint(package, tmp_path, monkeypatch, name):
+    step = train_sae.Trainer.step
+
+    def spoiled(trainer, x):
+        statistics = step(trainer, x)
+        with torch.no_grad():
+            getattr(trainer.sae, name).weight[3, 5] += float("nan") if trainer.sae.step == 14 else 0.0
+        return statistics
+
+    monkeypatch.setattr(train_sae.Trainer, "step", spoiled)
+    with pytest.raises(train_sae.TrainingError, match=r"^the parameters are not finite after step 14: lower --lr$"):
+        run(package, tmp_path, "--steps 30 --checkpoint-every 7 --no-graph")
+    assert checkpoints(tmp_path) == ["step-00000007"]
 
 
 def test_a_loss_that_diverges_ends_the_run(package, tmp_path):
@@ -400,9 +431,10 @@ def main(capsys, monkeypatch, package, *arguments: str) -> tuple[int, str]:
     [
         ("-K 97 -F 96", "K must be at most F, got K=97 F=96"),
         ("-B 0", "B must be at least 2, got 0"),
-        ("-K 0", "K must be at least 1, got 0"),
-        ("--dead-after 0", "dead_after must be at least 1, got 0"),
-        ("--steps -1", "steps must be at least 1, got -1"),
+        ("-K 0", "-K must be at least 1, got 0"),
+        ("--dead-after 0", "--dead-after must be at least 1, got 0"),
+        ("--steps -1", "--steps must be at least 1, got -1"),
+        ("--seed -1", "--seed must not be negative, got -1"),
         ("--levels 4,2", "--levels must be positive and ascend"),
         ("--levels 2,x", "argument --levels: invalid budgets value: '2,x'"),
         ("--levels 2,4 -K 8", "-K must be the last of --levels, 4, or left out"),
@@ -452,6 +484,13 @@ def test_samples_that_are_all_the_same_are_refused(package, tmp_path, capsys, mo
     common = f"--out {tmp_path / 'run'} --steps 3 {SIZES} --activations {tmp_path / 'same.npy'}"
     code, error = main(capsys, monkeypatch, package, common)
     assert (code, "are all the same" in error) == (2, True), error
+
+
+def test_samples_too_large_for_float32_are_refused(package, tmp_path, capsys, monkeypatch):
+    np.save(tmp_path / "large.npy", np.random.default_rng(0).standard_normal((2048, 16), dtype=np.float32) * 1e30)
+    common = f"--out {tmp_path / 'run'} --steps 3 {SIZES} --activations {tmp_path / 'large.npy'}"
+    code, error = main(capsys, monkeypatch, package, common)
+    assert (code, "too large for float32" in error) == (2, True), error
 
 
 def test_samples_along_one_direction_are_not_all_the_same(package, tmp_path):
@@ -595,8 +634,13 @@ def test_a_comparison_trains_each_sae_once(package, tmp_path, monkeypatch):
         "TopK, an SAE for each k": {k: runs[f"topk-{k}"][k] for k in ("8", "12")},
         "TopK, the SAE of the largest k": {k: runs["topk-12"][k] for k in ("8", "12")},
     }
-    monkeypatch.setattr(train_sae, "run", None)
+    with monkeypatch.context() as patch:
+        patch.setattr(train_sae, "run", None)
+        train_sae.compare(options, package, device, UNSTOPPED)
+    assert (tmp_path / "results.md").read_text() == table
+    options.export, options.resume = tmp_path / "export", True
     train_sae.compare(options, package, device, UNSTOPPED)
+    assert {path.parent.name for path in options.export.glob("*/sae_weights.safetensors")} == set(names)
     assert (tmp_path / "results.md").read_text() == table
     options.lr = 1.0
     with pytest.raises(ValueError, match=r"^--lr is 1.0, but 0.003 in the run that"):
