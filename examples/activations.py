@@ -256,8 +256,10 @@ def open_shard(path):
         if path.suffix == ".npy":
             array = np.lib.format.open_memmap(path, mode="r")
             shape, start, dtype = array.shape, array.offset, array.dtype.str
-            if start + array.nbytes != path.stat().st_size or not array.flags.c_contiguous:
-                raise ValueError("its size is not what its header says, or it is in Fortran order")
+            if start + array.nbytes != path.stat().st_size:
+                raise ValueError("its size is not what its header says")
+            if not array.flags.c_contiguous:
+                raise ValueError("it is in Fortran order")
         elif path.suffix == ".safetensors":
             shape, start, dtype = safetensors_header(path)
         else:

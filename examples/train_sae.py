@@ -208,7 +208,8 @@ def open_run(options: argparse.Namespace) -> None:
             raise ValueError(f"{options.out} holds a run: continue it with --resume, or choose another --out")
         refuse_other_options(options)
     if RANK == 0:  # bad options have ended every rank by now
-        (options.out / "checkpoints").mkdir(parents=True, exist_ok=True)
+        for folder in filter(None, (options.out / "checkpoints", options.export)):
+            folder.mkdir(parents=True, exist_ok=True)
         for part in (options.out / "checkpoints").glob("*.part"):
             shutil.rmtree(part)
         write(options.out / "options.json", json.dumps(plain(options), indent=2))
@@ -254,7 +255,7 @@ def learning_rate(step: int, options: argparse.Namespace) -> float:
 
 class Stop:
     """Within a `with`, SIGINT and SIGTERM wait until they are asked for: `signal` is the number once all ranks know of
-    it. A second one ends the process at once."""
+    it. A second one, at least a second later, ends the process at once."""
 
     def __enter__(self):
         self.signal = self._received = 0
@@ -267,8 +268,11 @@ class Stop:
             signal.raise_signal(self._received)
 
     def _receive(self, number, frame):
-        self._received = number
-        signal.signal(number, signal.SIG_DFL)
+        if not self._received:
+            self._received, self._at = number, time.monotonic()
+        elif time.monotonic() > self._at + 1:  # launchers may pass on what the whole process group got
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
 
     def ask(self, done: int) -> int:
         if not DISTRIBUTED:
@@ -331,11 +335,9 @@ def evaluate(sae: SAE, data, options: argparse.Namespace, flex) -> dict:
         vals, indices = flex.triton_topk_encode(x - sae.bias, sae.encoder.weight, sae.encoder.bias, sae.K)
         batch = flex.triton_nested_sae_loss(indices, sae.decoder.weight, vals, sae.bias, x, ends)
         losses += batch * (len(x) / len(held_out))
-    explained = 1 - losses / held_out.var(dim=0, correction=0).mean()
-    results = {
-        "explained_variance": dict(zip(map(str, budgets), explained.tolist(), strict=True)),
-        "dead": int((sae.dead >= 0).sum()),
-    }
+    explained = (1 - losses / held_out.var(dim=0, correction=0).mean()).tolist()
+    results = {"explained_variance": dict(zip(map(str, budgets), explained, strict=True))}
+    results["dead"] = int((sae.dead >= 0).sum())
     if isinstance(data, Synthetic):
         chunks = data.dictionary.float().split(1024)
         nearest = torch.cat([(chunk @ sae.decoder.weight.t()).amax(1) for chunk in chunks])
@@ -508,12 +510,10 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--layer", type=int, help="whose output is used, from 0")
     add("--context", type=int, default=128, help=f"tokens {shown}")
     add("--save-activations", type=Path, metavar="DIR", help="write the activations of --model as shards and exit")
-    options = parser.parse_args(arguments)
-    complete(options, parser, default)
-    return options
+    return complete(parser.parse_args(arguments), parser, default)
 
 
-def complete(options: argparse.Namespace, parser: argparse.ArgumentParser, default: dict) -> None:
+def complete(options: argparse.Namespace, parser: argparse.ArgumentParser, default: dict) -> argparse.Namespace:
     """Fill in what depends on other options, and end with exit code 2 if they do not fit together."""
     if options.levels:
         if options.levels != sorted({*options.levels}) or options.levels[0] < 1:
@@ -549,6 +549,7 @@ def complete(options: argparse.Namespace, parser: argparse.ArgumentParser, defau
         parser.error("choose one of --model and --activations")
     if options.save_activations and (DISTRIBUTED or not options.model):
         parser.error("--save-activations needs --model, and a single process")
+    return options
 
 
 def start(options: argparse.Namespace) -> torch.device:
@@ -582,8 +583,7 @@ def main() -> int:
     except ValueError as raised:
         code, error = 2, raised
     except (RuntimeError, MemoryError) as raised:
-        of_a_cpu = "can't allocate memory" in str(raised)
-        if not of_a_cpu and not isinstance(raised, torch.OutOfMemoryError | MemoryError):
+        if not isinstance(raised, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in str(raised):
             raise
         code, error = 1, "out of memory: choose a smaller -B or -F"
     except KeyboardInterrupt:

@@ -298,7 +298,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint_of_its_step(package, tmp_path, 
     def interrupted(data, step):
         if step == 8:
             os.kill(os.getpid(), number)
-            assert signal.getsignal(number) == signal.SIG_DFL  # a second one ends the process
+            os.kill(os.getpid(), number)  # as of a launcher that passes it on
         return batch(data, step)
 
     monkeypatch.setattr(train_sae.Synthetic, "batch", interrupted)
@@ -308,6 +308,19 @@ def test_a_signal_ends_the_run_with_a_checkpoint_of_its_step(package, tmp_path, 
     assert signal.getsignal(number) == handler
     assert ended.value.code == code
     assert checkpoints(tmp_path) == ["step-00000009"]
+
+
+def test_a_second_signal_ends_the_process_at_once(monkeypatch):
+    def end(number):
+        assert signal.getsignal(number) == signal.SIG_DFL
+        raise Killed
+
+    monkeypatch.setattr(signal, "raise_signal", end)
+    with pytest.raises(Killed), train_sae.Stop():
+        os.kill(os.getpid(), signal.SIGTERM)
+        now = time.monotonic()
+        monkeypatch.setattr(time, "monotonic", lambda: now + 1.5)
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def test_a_signal_during_the_last_checkpoint_is_not_lost(package, tmp_path, monkeypatch):
