@@ -290,7 +290,7 @@ SUITES = {**{table.__name__: "training" for table in OF_TRAINING}, "memory": "lo
 
 
 class Results:
-    """The suites that a report uses, read once. Those with times must be of one commit and one GPU."""
+    """The suites that a report uses, read once; they must be of one commit and one GPU."""
 
     def __init__(self, folder: Path):
         self.folder, self.suites = folder, {}
@@ -302,13 +302,12 @@ class Results:
                 command = "budgets.py" if name == "budgets" else f"run.py --suite {name}"
                 raise ReportError(f"{path.name} is missing: run `python benchmarks/{command}` on a GPU.")
             about, lines = records.load(path)
-            timed = [other for other in self.suites if other != "budgets" != name]
-            for other in timed:
+            for other, (known, _) in self.suites.items():
                 for key in ("commit", "gpu"):
-                    if self.suites[other][0][key] != about[key]:
+                    if known[key] != about[key]:
                         raise ReportError(
-                            f"Results of different runs do not mix: {key} is {self.suites[other][0][key]} in "
-                            f"{other}.jsonl and {about[key]} in {path.name}; run both suites again."
+                            f"Results of different runs do not mix: {key} is {known[key]} in {other}.jsonl "
+                            f"and {about[key]} in {path.name}; run both again."
                         )
             self.suites[name] = about, lines
         return self.suites[name]
